@@ -1,0 +1,216 @@
+"""Which kernel serves an op, and why.
+
+A backend is a named set of kernels. `auto` (the default) lets the dispatcher choose: the best C++ level the
+CPU supports for CPU tensors, plain PyTorch for devices without kernels of their own. An explicit choice, by
+`use_backend(name)` or the environment variable QUANTLIB_BACKEND, never falls back: it raises with what is
+missing. `explain(op, device)` says which backend would run and why the others would not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from quantlib import ops, reference
+
+AUTO = "auto"
+
+
+def _import(name: str) -> tuple[ModuleType | None, str]:
+    """The extension module, or None and the reason why it does not load."""
+    try:
+        return importlib.import_module(name), ""
+    except ImportError as error:
+        return None, f"{name} does not load: {error}"
+
+
+_C, _c_missing = _import("quantlib._C")
+if torch.cuda.is_available():
+    _C_cuda, _c_cuda_missing = _import("quantlib._C_cuda")
+else:
+    _C_cuda, _c_cuda_missing = None, "torch finds no CUDA device"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A named set of kernels.
+
+    name: what `use_backend` takes. device: the device type it serves, None for all. ops: the ops it has.
+    kernel: op name -> callable with the op's schema. missing: why it cannot run here, "" if it can.
+    manual: why `auto` passes it over although it can run, "" if it does not.
+    """
+
+    name: str
+    device: str | None
+    ops: tuple[str, ...]
+    kernel: Callable[[str], Callable]
+    missing: str = ""
+    manual: str = ""
+
+    def refusal(self, op: str, device: str) -> str:
+        """Why this backend cannot run `op` on `device`; "" if it can."""
+        if op not in self.ops:
+            return f"has no kernel for {op}"
+        if self.device not in (None, device):
+            return f"serves {self.device} tensors, not {device}"
+        return self.missing
+
+
+_registered = {op: getattr(torch.ops.quantlib, op).default for op in ops.SCHEMAS}.__getitem__
+
+
+def _reference(op: str) -> Callable:
+    return getattr(reference, op)
+
+
+def _cpu_missing(name: str) -> str:
+    if _C is None:
+        return _c_missing
+    return "" if name in _C.cpu_isas() else "this CPU lacks its instructions"
+
+
+_ALL = tuple(ops.SCHEMAS)
+_CPU_LEVELS = {
+    "cpu-avx512": "AVX-512 with BF16 and VNNI",
+    "cpu-avx2": "AVX2 and FMA",
+    "cpu-portable": "any CPU",
+}
+
+# In the order in which `auto` considers them.
+BACKENDS: tuple[Backend, ...] = (
+    *(Backend(name, "cpu", _ALL, _registered, _cpu_missing(name)) for name in _CPU_LEVELS),
+    Backend("reference", None, _ALL, _reference),
+)
+
+
+def _names() -> list[str]:
+    return [AUTO, "cpu", *(b.name for b in BACKENDS)]
+
+
+def _find(name: str) -> Backend:
+    """The backend called `name`; "cpu" is the best C++ level this CPU supports."""
+    if name == "cpu":
+        levels = [b for b in BACKENDS if b.device == "cpu"]
+        return next((b for b in levels if not b.missing), levels[-1])
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    raise ValueError(f"quantlib.use_backend: unknown backend {name!r}; allowed: {', '.join(_names())}")
+
+
+class _Choice:
+    """The backend in force. One per process: autograd runs backward passes in threads of its own."""
+
+    def __init__(self) -> None:
+        self.backend: Backend | None = None
+
+    def set(self, name: str) -> None:
+        backend = None if name == AUTO else _find(name)
+        if backend is not None and backend.missing:
+            raise RuntimeError(f"quantlib.use_backend: {name!r} cannot run here: {backend.missing}")
+        if _C is not None:
+            _C.set_cpu_isa(backend.name if backend and backend.device == "cpu" else _C.cpu_isas()[0])
+        self.backend = backend
+
+
+_choice = _Choice()
+
+
+class use_backend:  # noqa: N801 - used as a function, like torch.no_grad
+    """Chooses the backend of every op from here on, or within a `with` block.
+
+    Args:
+        name: "auto", "cpu" (best level of this CPU), "cpu-avx512", "cpu-avx2", "cpu-portable", "reference".
+
+    Raises:
+        ValueError: unknown name. RuntimeError: the backend cannot run on this machine, with the reason.
+        An op that the chosen backend does not serve raises when it is called.
+
+    The choice holds for the whole process, since autograd runs backward passes in its own threads.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._previous = _choice.backend.name if _choice.backend else AUTO
+        _choice.set(name)
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _choice.set(self._previous)
+
+
+def kernel(op: str, device: torch.device) -> Callable:
+    """The callable, with the schema of `op`, that serves tensors on `device`."""
+    backend = _choice.backend
+    if backend is None:
+        return _registered(op)
+    refusal = backend.refusal(op, device.type)
+    if refusal and device.type != "meta":
+        raise RuntimeError(
+            f"quantlib.{op}: backend {backend.name!r} was chosen, but it {refusal}; "
+            "choose another with quantlib.use_backend or QUANTLIB_BACKEND"
+        )
+    return backend.kernel(op)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: the backend that would run `op` on `device`, and the verdict on each backend."""
+
+    op: str
+    device: str
+    chosen: str | None
+    verdicts: dict[str, str]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.verdicts))
+        lines = [f"{self.op} on {self.device}: {self.chosen or 'no backend'}"]
+        return "\n".join(lines + [f"  {name:<{width}}  {why}" for name, why in self.verdicts.items()])
+
+
+def explain(op: str, device: torch.device | str | torch.Tensor = "cpu") -> Explanation:
+    """Says which backend would run an op, and why the others would not.
+
+    Args:
+        op: a name in `quantlib.ops.SCHEMAS`, such as "linear_4bit".
+        device: a device, its name, or a tensor that lies on it.
+
+    Raises:
+        ValueError: unknown op.
+    """
+    if op not in ops.SCHEMAS:
+        raise ValueError(f"quantlib.explain: unknown op {op!r}; allowed: {', '.join(ops.SCHEMAS)}")
+    device_type = device.device.type if isinstance(device, torch.Tensor) else torch.device(device).type
+    forced = _choice.backend
+    chosen, verdicts = None, {}
+    for backend in BACKENDS:
+        refusal = backend.refusal(op, device_type)
+        if refusal:
+            verdicts[backend.name] = f"no: {refusal}"
+        elif forced is not None:
+            verdicts[backend.name] = "chosen by use_backend" if backend is forced else f"{forced.name} was chosen"
+            chosen = forced.name if backend is forced else chosen
+        elif backend.manual:
+            verdicts[backend.name] = f"only on request: {backend.manual}"
+        elif chosen is None:
+            chosen = backend.name
+            verdicts[backend.name] = "chosen: the first that can run"
+        else:
+            verdicts[backend.name] = f"can run, but {chosen} comes first"
+    return Explanation(op, device_type, chosen, verdicts)
+
+
+def _register_reference() -> None:
+    """Plain PyTorch serves every op on every device that has no kernel of its own."""
+    for name in ops.SCHEMAS:
+        torch.library.impl(f"quantlib::{name}", "CompositeExplicitAutograd")(getattr(reference, name))
+
+
+_register_reference()
+_choice.set(os.environ.get("QUANTLIB_BACKEND", AUTO))
