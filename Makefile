@@ -1,0 +1,39 @@
+# Every target sets up what it needs: a virtual environment in .venv, the pinned packages, the native build.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
+
+.PHONY: demo test lint bench wheel clean
+
+demo: .venv/built  ## quantize a small model, fine-tune it on real text, print a table
+	$(BIN)/python -m qlora.demo
+
+test: .venv/built  ## every test, the slow ones too
+	$(BIN)/python -m pytest -q
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+bench: .venv/built
+	$(BIN)/python bench/cpu_vs_bnb.py
+
+wheel: .venv/built  ## sdist and wheel, in dist/
+	$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf .venv build dist *.egg-info quantlib/*.so
+
+.venv/installed: constraints.txt pyproject.toml
+	@echo "Setting up .venv (downloads PyTorch and the test packages: some minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools ninja torch
+	@echo "Compiling the native kernels and installing the package"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $@
+
+.venv/built: .venv/installed setup.py $(SOURCES)
+	@echo "Compiling what changed in csrc/"
+	@$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
