@@ -20,6 +20,7 @@ from glob import glob
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.errors import CompileError
 
 try:
     import torch
@@ -34,7 +35,7 @@ CUDA_ARCHITECTURES = ("75", "80", "90", "100", "120")
 # No contraction: absmax * code + offset must round twice, as the format defines it.
 CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Icsrc", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded Python has none
 
@@ -101,7 +102,8 @@ class Build(BuildExtension):
         if not target.exists() or target.stat().st_mtime < max(os.stat(path).st_mtime for path in inputs):
             target.parent.mkdir(parents=True, exist_ok=True)
             print(f"nvcc {source}", flush=True)
-            subprocess.run([nvcc, *flags, "-c", source, "-o", str(target)], check=True)
+            if subprocess.run([nvcc, *flags, "-c", source, "-o", str(target)]).returncode:
+                raise CompileError(f"nvcc failed on {source}, see its messages above")
         return str(target)
 
 
