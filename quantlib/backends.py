@@ -121,7 +121,7 @@ class _Choice:
 _choice = _Choice()
 
 
-class use_backend:  # noqa: N801 - used as a function, like torch.no_grad
+class use_backend:
     """Chooses the backend of every op from here on, or within a `with` block.
 
     Args:
@@ -213,4 +213,7 @@ def _register_reference() -> None:
 
 
 _register_reference()
-_choice.set(os.environ.get("QUANTLIB_BACKEND", AUTO))
+try:
+    _choice.set(os.environ.get("QUANTLIB_BACKEND", AUTO))
+except (ValueError, RuntimeError) as error:
+    raise type(error)(f"{error} (from the environment variable QUANTLIB_BACKEND)") from None

@@ -75,7 +75,7 @@ def quantize_4bit(
             f"quantlib.quantize_4bit: {packed.numel()} packed bytes do not fill quant_storage {quant_storage}; "
             "use torch.uint8"
         )
-    nested: tuple = (None, None, None)
+    nested: tuple[Tensor | None, ...] = (None, None, None)
     if double_quant:
         absmax, *nested = formats.quantize_absmax(absmax)
     return Quantized4bit(

@@ -24,10 +24,9 @@ import math
 import torch
 from torch import Tensor
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-QUANT_TYPES = ("nf4", "fp4")
+from quantlib.formats import BLOCK_SIZES, NESTED_BLOCK_SIZE, QUANT_TYPES
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-NESTED_BLOCK_SIZE = 256
 
 _WEIGHT_4BIT = (
     "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_codebook, Tensor? offset, "
@@ -71,8 +70,7 @@ def _check_devices(op: str, name: str, t: Tensor, **others: Tensor | None) -> No
     for other_name, other in others.items():
         if other is not None and other.device != t.device:
             raise ValueError(
-                f"quantlib.{op}: {name} is on {t.device} and {other_name} on {other.device}; "
-                "move both to one device"
+                f"quantlib.{op}: {name} is on {t.device} and {other_name} on {other.device}; move both to one device"
             )
 
 
@@ -81,9 +79,7 @@ def check_format_4bit(op: str, quant_type: str, block_size: int) -> None:
     if quant_type not in QUANT_TYPES:
         raise ValueError(f"quantlib.{op}: quant_type is {quant_type!r}; allowed: {', '.join(QUANT_TYPES)}")
     if block_size not in BLOCK_SIZES:
-        raise ValueError(
-            f"quantlib.{op}: block_size is {block_size}; allowed: {', '.join(map(str, BLOCK_SIZES))}"
-        )
+        raise ValueError(f"quantlib.{op}: block_size is {block_size}; allowed: {', '.join(map(str, BLOCK_SIZES))}")
 
 
 def _check_weight_4bit(

@@ -237,8 +237,8 @@ def linear_int8(x: Tensor, values: Tensor, absmax: Tensor, bias: Tensor | None, 
         NaN.
     """
     compute = _arithmetic(x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    q, x_absmax, outliers = quantize_int8(rows, -1, None, threshold)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    q, x_absmax, outliers = quantize_int8(rows.detach(), -1, None, threshold)
     w_absmax = absmax.to(compute)
     y = _int8_matmul(q, values).to(compute) * (x_absmax[:, None] * w_absmax) * (1 / 127**2)
     if outliers.numel():

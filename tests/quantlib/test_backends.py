@@ -1,0 +1,76 @@
+"""Choosing a backend, and being told which one runs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import quantlib
+from quantlib import backends, ops
+
+
+def test_auto_prefers_native_kernels():
+    explanation = quantlib.explain("linear_4bit")
+    assert explanation.chosen == backends._C.cpu_isas()[0]
+    assert set(explanation.verdicts) == {b.name for b in backends.BACKENDS}
+    assert "linear_4bit on cpu" in str(explanation)
+
+
+def test_other_devices_run_the_reference():
+    explanation = quantlib.explain("linear_4bit", "xpu")
+    assert explanation.chosen == "reference"
+    assert "serves cpu tensors, not xpu" in explanation.verdicts["cpu-portable"]
+
+
+def test_use_backend_is_restored():
+    with quantlib.use_backend("reference"):
+        assert backends.kernel("dropout", torch.device("cpu")) is backends.reference.dropout
+        assert quantlib.explain("dropout").chosen == "reference"
+        with quantlib.use_backend("cpu-portable"):
+            assert backends._C.cpu_isa() == "cpu-portable"
+            assert quantlib.explain("dropout").chosen == "cpu-portable"
+        assert quantlib.explain("dropout").chosen == "reference"
+    assert backends._C.cpu_isa() == backends._C.cpu_isas()[0]
+
+
+def test_an_explicit_choice_never_falls_back():
+    with quantlib.use_backend("cpu"), pytest.raises(RuntimeError, match=r"dropout: backend 'cpu-.*serves cpu"):
+        backends.kernel("dropout", torch.device("cuda"))
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="unknown backend 'gpu'; allowed: auto, cpu, "):
+        quantlib.use_backend("gpu")
+    with pytest.raises(ValueError, match="unknown op 'gemm'; allowed: quantize_4bit"):
+        quantlib.explain("gemm")
+
+
+def _python(*args, **environment):
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True)
+
+
+def test_environment_variable():
+    script = "import quantlib; print(quantlib.explain('dropout').chosen)"
+    assert _python("-c", script, QUANTLIB_BACKEND="reference").stdout.strip() == "reference"
+    result = _python("-c", script, QUANTLIB_BACKEND="fast")
+    assert result.returncode != 0
+    assert "QUANTLIB_BACKEND" in result.stderr and "'fast'" in result.stderr
+
+
+def test_diagnostics():
+    result = _python("-m", "quantlib")
+    assert result.returncode == 0, result.stdout
+    for op in ops.SCHEMAS:
+        assert op in result.stdout
+    assert "BROKEN" not in result.stdout
+
+
+def test_diagnostics_exit_code_when_a_kernel_is_wrong(monkeypatch, capsys):
+    from quantlib.__main__ import main
+
+    monkeypatch.setattr(backends.reference, "dropout", lambda x, seed, p: x)
+    assert main() == 1
+    assert "BROKEN: AssertionError" in capsys.readouterr().out
