@@ -8,6 +8,7 @@ missing. `explain(op, device)` says which backend would run and why the others w
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -65,7 +66,15 @@ _registered = {op: getattr(torch.ops.quantlib, op).default for op in ops.SCHEMAS
 
 
 def _reference(op: str) -> Callable:
-    return getattr(reference, op)
+    function = getattr(reference, op)
+
+    @functools.wraps(function)
+    def without_autocast(*args: object) -> object:
+        # Under autocast the float32 sums of exact integers would become bfloat16 ones.
+        with torch.autocast(args[0].device.type, enabled=False):
+            return function(*args)
+
+    return without_autocast
 
 
 def _cpu_missing(name: str) -> str:
@@ -209,7 +218,7 @@ def explain(op: str, device: torch.device | str | torch.Tensor = "cpu") -> Expla
 def _register_reference() -> None:
     """Plain PyTorch serves every op on every device that has no kernel of its own."""
     for name in ops.SCHEMAS:
-        torch.library.impl(f"quantlib::{name}", "CompositeExplicitAutograd")(getattr(reference, name))
+        torch.library.impl(f"quantlib::{name}", "CompositeExplicitAutograd")(_reference(name))
 
 
 _register_reference()

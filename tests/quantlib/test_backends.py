@@ -26,7 +26,7 @@ def test_other_devices_run_the_reference():
 
 def test_use_backend_is_restored():
     with quantlib.use_backend("reference"):
-        assert backends.kernel("dropout", torch.device("cpu")) is backends.reference.dropout
+        assert backends.kernel("dropout", torch.device("cpu")).__wrapped__ is backends.reference.dropout
         assert quantlib.explain("dropout").chosen == "reference"
         with quantlib.use_backend("cpu-portable"):
             assert backends._C.cpu_isa() == "cpu-portable"
