@@ -74,12 +74,15 @@ def test_a_wrong_argument_is_named(change):
 @pytest.mark.parametrize("out", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_dequantize_4bit_compiles_for(capability, out, double_quant):
-    from quant_triton import nf4
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature = {name: "*fp32" for name in ("nested_absmax", "nested_codebook", "offset", "codebook")}
-    signature |= {"packed": "*u8", "absmax": "*u8" if double_quant else "*fp32", "out": f"*{out}", "n": "i64"}
+    from quant_triton import nf4
+
+    signature = dict.fromkeys(("nested_absmax", "nested_codebook", "offset", "codebook"), "*fp32")
+    signature |= {"packed": "*u8", "absmax": "*u8" if double_quant else "*fp32", "out": f"*{out}"} | dict.fromkeys(
+        ("n", "n_bytes"), "i64"
+    )
     constants = {"BLOCK_SIZE": 64, "DOUBLE_QUANT": double_quant, "BYTES": nf4.BYTES_PER_PROGRAM}
     signature |= dict.fromkeys(constants, "constexpr")
     signature = {name: signature[name] for name in nf4._dequantize_4bit_kernel.arg_names}
@@ -89,5 +92,7 @@ def test_dequantize_4bit_compiles_for(capability, out, double_quant):
     ptx = kernel.asm["ptx"]
     assert f".target sm_{capability}" in ptx
     assert "st.global.v4.b32" in ptx, "stores of 16 bytes"
+    if out != "fp32":
+        assert "st.shared" not in ptx, "each thread stores what it decoded"
     assert "fma.rn.f32" not in ptx, "the format rounds each product before it is added to"
     assert "st.local" not in ptx and "ld.local" not in ptx
