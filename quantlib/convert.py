@@ -152,7 +152,7 @@ def quantize_model(
     if isinstance(skip, str):
         skip = (skip,)
     layer_type = _LAYERS[bits]
-    layer_type(0, 0, device="meta", **options)
+    layer_type(64, 64, device="meta", **options)  # refuses wrong options before any work
     tied = _tied(model)
     report = Report(bits)
     todo: list[str] = []
