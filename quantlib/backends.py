@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,10 +32,6 @@ def _import(name: str) -> tuple[ModuleType | None, str]:
 
 
 _C, _c_missing = _import("quantlib._C")
-if torch.cuda.is_available():
-    _C_cuda, _c_cuda_missing = _import("quantlib._C_cuda")
-else:
-    _C_cuda, _c_cuda_missing = None, "torch finds no CUDA device"
 
 
 @dataclass(frozen=True)
@@ -77,22 +74,43 @@ def _reference(op: str) -> Callable:
     return without_autocast
 
 
+_CPU_LEVELS = {
+    "cpu-avx512": "AVX-512 with BF16 and VNNI",
+    "cpu-avx2": "AVX2, FMA and F16C",
+    "cpu-portable": "nothing special",
+}
+
+
 def _cpu_missing(name: str) -> str:
     if _C is None:
         return _c_missing
-    return "" if name in _C.cpu_isas() else "this CPU lacks its instructions"
+    return "" if name in _C.cpu_isas() else f"it needs {_CPU_LEVELS[name]}, which this CPU lacks"
+
+
+def _gpu_missing(module: str) -> str:
+    """Looks without importing: loading a GPU library on a machine without one fails, or costs start-up time."""
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return "" if importlib.util.find_spec(module) else f"{module} is not installed"
+
+
+def _triton(op: str) -> Callable:
+    return getattr(importlib.import_module("quant_triton"), op)
+
+
+def _cuda(op: str) -> Callable:
+    importlib.import_module("quantlib._C_cuda")
+    return getattr(torch.ops.quantlib_cuda, op).default
 
 
 _ALL = tuple(ops.SCHEMAS)
-_CPU_LEVELS = {
-    "cpu-avx512": "AVX-512 with BF16 and VNNI",
-    "cpu-avx2": "AVX2 and FMA",
-    "cpu-portable": "any CPU",
-}
+_NEVER_RUN = "it compiles, but no run on a GPU has confirmed it"
 
 # In the order in which `auto` considers them.
 BACKENDS: tuple[Backend, ...] = (
     *(Backend(name, "cpu", _ALL, _registered, _cpu_missing(name)) for name in _CPU_LEVELS),
+    Backend("triton", "cuda", ("dequantize_4bit",), _triton, _gpu_missing("triton"), manual=_NEVER_RUN),
+    Backend("cuda", "cuda", ("dequantize_4bit",), _cuda, _gpu_missing("quantlib._C_cuda"), manual=_NEVER_RUN),
     Backend("reference", None, _ALL, _reference),
 )
 
@@ -134,7 +152,8 @@ class use_backend:
     """Chooses the backend of every op from here on, or within a `with` block.
 
     Args:
-        name: "auto", "cpu" (best level of this CPU), "cpu-avx512", "cpu-avx2", "cpu-portable", "reference".
+        name: "auto", "cpu" (best level of this CPU), "cpu-avx512", "cpu-avx2", "cpu-portable", "triton", "cuda" or
+            "reference" (plain PyTorch, any device).
 
     Raises:
         ValueError: unknown name. RuntimeError: the backend cannot run on this machine, with the reason.

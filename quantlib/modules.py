@@ -140,7 +140,7 @@ class _Weight4bit(_QuantizedWeight):
     def _set_quantized(self, q: Quantized4bit) -> None:
         self._set_format(q.quant_type, q.block_size, q.double_quant, q.packed.dtype)
         self.weight_dtype = q.dtype
-        self.weight = Params4bit(q.packed, requires_grad=False)
+        self.weight = Params4bit(q.packed.detach(), requires_grad=False)
         self._set_scales(**{name: getattr(q, name) for name in self._scales})
 
     def _quantize(self, weight: Tensor) -> Quantized4bit:
