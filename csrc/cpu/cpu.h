@@ -1,0 +1,119 @@
+// What the CPU kernels offer to ops.cpp, and the little they need from it. No torch here.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../codebooks.h"
+
+namespace quantlib {
+
+struct f16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
+
+enum class DType { f32, f16, bf16 };
+enum class Isa { portable, avx2, avx512 };
+
+// The instruction set in force: the best one of this CPU unless set_isa chose a lower one.
+Isa best_isa();
+Isa isa();
+void set_isa(Isa isa);
+
+// Runs f(context, begin, end) over a partition of [0, n) on torch's thread pool; at least `grain` items each.
+// Defined in ops.cpp.
+void parallel(int64_t n, int64_t grain, void (*f)(const void* context, int64_t begin, int64_t end),
+              const void* context);
+
+template <class F>
+void parallel_for(int64_t n, int64_t grain, const F& f) {
+  parallel(
+      n, grain,
+      [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); }, &f);
+}
+
+// This thread's reusable buffer number `slot`, 64-byte aligned, contents undefined. Kept between calls, since the
+// page faults of a fresh megabyte cost more than the work on it; buffers beyond 32 MiB are given back.
+void* acquire_scratch(int slot, int64_t bytes);
+void release_scratch(int slot);
+
+template <class T>
+class Scratch {
+ public:
+  Scratch(int slot, int64_t count)
+      : slot_(slot), data_(static_cast<T*>(acquire_scratch(slot, count * int64_t(sizeof(T))))) {}
+  ~Scratch() { release_scratch(slot_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  operator T*() const { return data_; }
+
+ private:
+  int slot_;
+  T* data_;
+};
+
+// A 4-bit weight: see quantlib/ops.py. absmax, or codes + nested_absmax + nested_codebook + offset.
+struct Weight4bit {
+  const uint8_t* packed;
+  const float* absmax;
+  const uint8_t* absmax_codes;
+  const float* nested_absmax;
+  const float* nested_codebook;
+  float offset;
+  int block_shift;  // log2 of the block size
+  Codebook codebook;
+
+  // Two roundings as in bitsandbytes: compiled with -ffp-contract=off.
+  float scale(int64_t block) const {
+    return absmax ? absmax[block] : nested_codebook[absmax_codes[block]] * nested_absmax[block >> 8] + offset;
+  }
+};
+
+// All arrays are contiguous; every size may be zero.
+void quantize_4bit(DType dtype, const void* x, int64_t n, int block_shift, const Codebook& codebook,
+                   uint8_t* packed, float* absmax);
+void dequantize_4bit(const Weight4bit& w, int64_t n, DType dtype, void* out);
+// out[i] = row indices[i] of the weight, which has `dim` columns.
+void embedding_4bit(const Weight4bit& w, const int64_t* indices, int64_t count, int64_t dim, DType dtype, void* out);
+
+// y[m, n] = x[m, k] w[n, k]^T + bias[n]; bias may be null.
+struct Linear4bit {
+  DType dtype;
+  const void* x;
+  Weight4bit w;
+  const void* bias;
+  int64_t m, n, k;
+  void* y;
+};
+void linear_4bit(const Linear4bit& a);
+
+// Row-wise absmax int8 of x[rows, k]. outliers[k] is null without a threshold, else zeroed by the caller.
+void quantize_int8_rows(DType dtype, const void* x, int64_t rows, int64_t k, float threshold, int8_t* values,
+                        float* absmax, uint8_t* outliers);
+void quantize_int8_blocks(DType dtype, const void* x, int64_t n, int64_t block_size, int8_t* values, float* absmax);
+void quantize_int8_columns(DType dtype, const void* x, int64_t rows, int64_t k, int8_t* values, float* absmax);
+// Element i of values[n] is scaled by absmax[i / period], or absmax[i % period] if by_column.
+void dequantize_int8(const int8_t* values, const float* absmax, bool by_column, int64_t n, int64_t period, DType dtype,
+                     void* out);
+
+// y[m, n] = LLM.int8() of x[m, k] and w[n, k] + bias[n]; bias may be null; threshold 0 for no outlier columns.
+constexpr int64_t kMaxInt8K = 2147483647 / (127 * 127);
+struct LinearInt8 {
+  DType dtype;
+  const void* x;
+  const int8_t* w;
+  const float* w_absmax;
+  const void* bias;
+  float threshold;
+  int64_t m, n, k;
+  void* y;
+};
+void linear_int8(const LinearInt8& a);
+
+// out = x / (1 - p) where Philox keeps the element, else 0.
+void dropout(DType dtype, const void* x, int64_t n, uint64_t seed, double p, void* out);
+
+}  // namespace quantlib

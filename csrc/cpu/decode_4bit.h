@@ -1,0 +1,111 @@
+// Decodes any range of a 4-bit weight, in its own order. Included per instruction set after simd.h.
+//
+// A block's 16 possible values dtype(code * absmax) are computed first, one rounding each, so that decoding is a
+// table lookup for every dtype and exact by construction.
+
+// Nibble of element i, high nibble first.
+SIMD_INLINE int nibble(const uint8_t* packed, int64_t i) { return packed[i >> 1] >> (i & 1 ? 0 : 4) & 15; }
+
+template <class T>
+struct Table {
+  T value[16];
+};
+
+template <class T>
+SIMD_INLINE void fill(Table<T>& table, const Codebook& codebook, float scale) {
+  for (int i = 0; i < 16; ++i) narrow(codebook.code[i] * scale, &table.value[i]);
+}
+
+#if QUANTLIB_LEVEL == 2
+// vpermw looks up 32 16-bit values by the low five bits of each lane; with the 16 values stored twice the fifth bit
+// does not matter, and vpmultishiftqb moves four nibbles of a 16-bit word to the bottom of four lanes at once:
+// three instructions decode 32 weights in order. vpermps does the same for 16 floats.
+SIMD_INLINE __m512i lookup_table(const Codebook& codebook, float scale, const bf16*) {
+  if (__builtin_fabsf(scale) < 0x1p-100f) {  // vcvtne2ps2bf16 would flush subnormal results
+    Table<bf16> table;
+    fill(table, codebook, scale);
+    return _mm512_broadcast_i64x4(load_raw<__m256i>(table.value));
+  }
+  const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(codebook.code), _mm512_set1_ps(scale));
+  return (__m512i)_mm512_cvtne2ps_pbh(values, values);
+}
+SIMD_INLINE __m512i lookup_table(const Codebook& codebook, float scale, const f16*) {
+  const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(codebook.code), _mm512_set1_ps(scale));
+  return _mm512_broadcast_i64x4(_mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+}
+SIMD_INLINE __m512i lookup_table(const Codebook& codebook, float scale, const float*) {
+  return (__m512i)_mm512_mul_ps(_mm512_loadu_ps(codebook.code), _mm512_set1_ps(scale));
+}
+SIMD_INLINE __m512i lookup32(const uint8_t* packed, __m512i table) {
+  const __m512i shifts = _mm512_set1_epi64(0x3f083f0c3f003f04);
+  const __m512i words = _mm512_cvtepu16_epi64(load_raw<__m128i>(packed));
+  return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(shifts, words), table);
+}
+SIMD_INLINE void decode32(const uint8_t* packed, __m512i table, bf16* out) { store_raw(out, lookup32(packed, table)); }
+SIMD_INLINE void decode32(const uint8_t* packed, __m512i table, f16* out) { store_raw(out, lookup32(packed, table)); }
+SIMD_INLINE void decode32(const uint8_t* packed, __m512i table, float* out) {
+  const __m512i shifts = _mm512_set1_epi64(0x3f3f3f003f3f3f04);
+  for (int half = 0; half < 2; ++half) {
+    const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)(packed + 8 * half)));
+    const __m512i index = _mm512_multishift_epi64_epi8(shifts, bytes);
+    store_raw(out + 16 * half, _mm512_permutexvar_epi32(index, table));
+  }
+}
+#elif QUANTLIB_LEVEL == 1
+// AVX2 permutes eight floats at most: look up in both halves, choose by the nibble's top bit.
+struct FloatTable {
+  __m256 low, high;
+};
+template <class T>
+SIMD_INLINE FloatTable lookup_table(const Codebook& codebook, float scale, const T*) {
+  const __m256 s = _mm256_set1_ps(scale);
+  return {_mm256_mul_ps(_mm256_loadu_ps(codebook.code), s), _mm256_mul_ps(_mm256_loadu_ps(codebook.code + 8), s)};
+}
+template <class T>
+SIMD_INLINE void decode32(const uint8_t* packed, const FloatTable& table, T* out) {
+  const __m256i shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
+  for (int i = 0; i < 4; ++i) {
+    const __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(load_raw<int32_t>(packed + 4 * i)), shifts);
+    const __m256 low = _mm256_permutevar8x32_ps(table.low, index);
+    const __m256 high = _mm256_permutevar8x32_ps(table.high, index);
+    store(out + 8 * i, (F32)_mm256_blendv_ps(low, high, (__m256)_mm256_slli_epi32(index, 28)));
+  }
+}
+#else
+template <class T>
+SIMD_INLINE Table<T> lookup_table(const Codebook& codebook, float scale, const T*) {
+  Table<T> table;
+  fill(table, codebook, scale);
+  return table;
+}
+template <class T>
+SIMD_INLINE void decode32(const uint8_t* packed, const Table<T>& table, T* out) {
+  for (int i = 0; i < 16; ++i) {
+    out[2 * i] = table.value[packed[i] >> 4];
+    out[2 * i + 1] = table.value[packed[i] & 15];
+  }
+}
+#endif
+
+// Elements [begin, end) of the flat weight, which may begin at an odd nibble and straddle blocks.
+template <class T>
+static void decode(const Weight4bit& w, int64_t begin, int64_t end, T* out) {
+  out -= begin;
+  for (int64_t i = begin; i < end;) {
+    const int64_t block = i >> w.block_shift;
+    const int64_t block_end = (block + 1) << w.block_shift;
+    const int64_t stop = block_end < end ? block_end : end;
+    const float scale = w.scale(block);
+    if (i % 32 == 0) {
+      const auto table = lookup_table(w.codebook, scale, out);
+      for (; i + 32 <= stop; i += 32) decode32(w.packed + i / 2, table, out + i);
+    }
+    if (i < stop) {
+      Table<T> table;
+      fill(table, w.codebook, scale);
+      const int64_t aligned = (i + 31) / 32 * 32;
+      const int64_t pause = i % 32 && aligned < stop ? aligned : stop;
+      for (; i < pause; ++i) out[i] = table.value[nibble(w.packed, i)];
+    }
+  }
+}

@@ -1,0 +1,62 @@
+// The instruction set in force, and reusable buffers.
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#include "cpu.h"
+
+namespace quantlib {
+
+Isa best_isa() {
+#if (defined(__x86_64__) || defined(_M_X64)) && defined(__GNUC__)
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx512vbmi"))
+    return Isa::avx512;
+  if (has_avx2) return Isa::avx2;
+#endif
+  return Isa::portable;
+}
+
+namespace {
+
+std::atomic<Isa> current{best_isa()};
+
+struct Buffer {
+  static constexpr int64_t kKeep = int64_t(32) << 20;
+  void* data = nullptr;
+  int64_t bytes = 0;
+
+  ~Buffer() { clear(); }
+  void clear() {
+    std::free(data);
+    data = nullptr;
+    bytes = 0;
+  }
+  void* reserve(int64_t wanted) {
+    if (wanted > bytes) {
+      clear();
+      const int64_t rounded = (wanted + 4095) / 4096 * 4096;
+      data = std::aligned_alloc(64, static_cast<size_t>(rounded));
+      if (!data) throw std::bad_alloc();
+      bytes = rounded;
+    }
+    return data;
+  }
+};
+thread_local Buffer buffers[8];
+
+}  // namespace
+
+Isa isa() { return current.load(std::memory_order_relaxed); }
+void set_isa(Isa isa) { current.store(isa, std::memory_order_relaxed); }
+
+void* acquire_scratch(int slot, int64_t bytes) { return buffers[slot].reserve(bytes); }
+void release_scratch(int slot) {
+  if (buffers[slot].bytes > Buffer::kKeep) buffers[slot].clear();
+}
+
+}  // namespace quantlib

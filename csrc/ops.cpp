@@ -1,0 +1,337 @@
+// Registers the CPU kernels for the ops that quantlib/ops.py declares, through PyTorch's stable ABI, and makes the
+// Python module quantlib._C. The only file that knows torch. Checks here are what memory safety needs; the
+// friendly ones are Python's.
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/cpu.h"
+
+namespace quantlib {
+
+void parallel(int64_t n, int64_t grain, void (*f)(const void* context, int64_t begin, int64_t end),
+              const void* context) {
+  if (n <= 0) return;
+  torch::stable::parallel_for(0, n, std::max<int64_t>(grain, 1),
+                              [=](int64_t begin, int64_t end) { f(context, begin, end); });
+}
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+DType dtype_of(ScalarType type, const char* op) {
+  switch (type) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::BFloat16: return DType::bf16;
+    default: STD_TORCH_CHECK(false, op, ": the dtype must be float32, float16 or bfloat16");
+  }
+}
+DType dtype_of(const Tensor& x, const char* op) { return dtype_of(x.scalar_type(), op); }
+
+Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+// `x` contiguous and of the type that the kernel will read it as.
+Tensor input(const Tensor& x, ScalarType type, int64_t least, const char* op, const char* name) {
+  STD_TORCH_CHECK(x.scalar_type() == type, op, ": ", name, " has the wrong dtype");
+  STD_TORCH_CHECK(x.numel() >= least, op, ": ", name, " has ", x.numel(), " elements, needs ", least);
+  return dense(x);
+}
+
+Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+Sizes with_last(const Tensor& x, int64_t size) {
+  Sizes sizes(x.sizes().begin(), x.sizes().end());
+  STD_TORCH_CHECK(!sizes.empty(), "the input needs at least one dimension");
+  sizes.back() = size;
+  return sizes;
+}
+
+int64_t product(const Sizes& sizes) {
+  int64_t n = 1;
+  for (int64_t size : sizes) {
+    STD_TORCH_CHECK(size >= 0, "sizes must not be negative");
+    n *= size;
+  }
+  return n;
+}
+
+int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return rows;
+}
+
+Codebook codebook_of(const std::string& quant_type, const char* op) {
+  STD_TORCH_CHECK(quant_type == "nf4" || quant_type == "fp4", op, ": unknown quant_type ", quant_type);
+  return quant_type == "nf4" ? nf4_codebook() : fp4_codebook();
+}
+
+int shift_of(int64_t block_size, const char* op) {
+  int shift = 5;
+  while (shift < 12 && int64_t(1) << shift < block_size) ++shift;
+  STD_TORCH_CHECK(int64_t(1) << shift == block_size, op, ": block_size must be a power of two in 32 ... 4096");
+  return shift;
+}
+
+// The seven arguments of a 4-bit weight of n elements, checked, with the tensors kept alive.
+struct Weight {
+  Tensor packed, absmax;
+  OptionalTensor nested_absmax, nested_codebook;
+  Weight4bit view;
+
+  Weight(const Tensor& packed_, const Tensor& absmax_, const OptionalTensor& nested_absmax_,
+         const OptionalTensor& nested_codebook_, const OptionalTensor& offset_, const std::string& quant_type,
+         int64_t block_size, int64_t n, const char* op)
+      : packed(input(packed_, ScalarType::Byte, (n + 1) / 2, op, "packed")), absmax(absmax_), view{} {
+    view.block_shift = shift_of(block_size, op);
+    view.codebook = codebook_of(quant_type, op);
+    view.packed = packed.const_data_ptr<uint8_t>();
+    const int64_t blocks = (n + block_size - 1) / block_size;
+    if (!nested_absmax_) {
+      absmax = input(absmax_, ScalarType::Float, blocks, op, "absmax");
+      view.absmax = absmax.const_data_ptr<float>();
+      return;
+    }
+    STD_TORCH_CHECK(nested_codebook_ && offset_, op, ": nested_absmax needs nested_codebook and offset");
+    absmax = input(absmax_, ScalarType::Byte, blocks, op, "absmax");
+    nested_absmax = input(*nested_absmax_, ScalarType::Float, (blocks + 255) / 256, op, "nested_absmax");
+    nested_codebook = input(*nested_codebook_, ScalarType::Float, 256, op, "nested_codebook");
+    const Tensor offset = input(*offset_, ScalarType::Float, 1, op, "offset");
+    view.absmax_codes = absmax.const_data_ptr<uint8_t>();
+    view.nested_absmax = nested_absmax->const_data_ptr<float>();
+    view.nested_codebook = nested_codebook->const_data_ptr<float>();
+    view.offset = *offset.const_data_ptr<float>();
+  }
+};
+
+std::tuple<Tensor, Tensor> quantize_4bit_op(const Tensor& x_, std::string quant_type, int64_t block_size) {
+  const DType dtype = dtype_of(x_, "quantize_4bit");
+  const int shift = shift_of(block_size, "quantize_4bit");
+  const Codebook codebook = codebook_of(quant_type, "quantize_4bit");
+  const Tensor x = dense(x_);
+  const int64_t n = x.numel();
+  Tensor packed = empty(x, {(n + 1) / 2, 1}, ScalarType::Byte);
+  Tensor absmax = empty(x, {(n + block_size - 1) / block_size}, ScalarType::Float);
+  quantize_4bit(dtype, x.const_data_ptr(), n, shift, codebook, packed.mutable_data_ptr<uint8_t>(),
+                absmax.mutable_data_ptr<float>());
+  return {packed, absmax};
+}
+
+Tensor dequantize_4bit_op(const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
+                          OptionalTensor nested_codebook, OptionalTensor offset, std::string quant_type,
+                          int64_t block_size, Sizes shape, ScalarType type) {
+  const DType dtype = dtype_of(type, "dequantize_4bit");
+  const int64_t n = product(shape);
+  const Weight w(packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size, n,
+                 "dequantize_4bit");
+  Tensor out = empty(packed, shape, type);
+  dequantize_4bit(w.view, n, dtype, out.mutable_data_ptr());
+  return out;
+}
+
+// bias in the dtype of x, contiguous; null without one.
+OptionalTensor bias_for(const OptionalTensor& bias, const Tensor& x, int64_t n, const char* op) {
+  if (!bias) return std::nullopt;
+  STD_TORCH_CHECK(bias->numel() == n, op, ": bias has ", bias->numel(), " elements, out_features is ", n);
+  return dense(bias->scalar_type() == x.scalar_type() ? *bias : torch::stable::to(*bias, x.scalar_type()));
+}
+
+const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+Tensor linear_4bit_op(const Tensor& x_, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
+                      OptionalTensor nested_codebook, OptionalTensor offset, std::string quant_type,
+                      int64_t block_size, int64_t out_features, OptionalTensor bias_) {
+  const DType dtype = dtype_of(x_, "linear_4bit");
+  Tensor y = empty(x_, with_last(x_, out_features), x_.scalar_type());
+  const int64_t m = rows_of(x_), k = x_.size(x_.dim() - 1);
+  const Weight w(packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size, out_features * k,
+                 "linear_4bit");
+  const OptionalTensor bias = bias_for(bias_, x_, out_features, "linear_4bit");
+  const Tensor x = dense(x_);
+  linear_4bit({dtype, x.const_data_ptr(), w.view, data_or_null(bias), m, out_features, k, y.mutable_data_ptr()});
+  return y;
+}
+
+Tensor linear_4bit_dx_op(const Tensor& dy, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
+                         OptionalTensor nested_codebook, OptionalTensor offset, std::string quant_type,
+                         int64_t block_size, int64_t in_features) {
+  STD_TORCH_CHECK(dy.dim() >= 1, "linear_4bit_dx: dy needs at least one dimension");
+  return torch::stable::matmul(
+      dy, dequantize_4bit_op(packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size,
+                             {dy.size(dy.dim() - 1), in_features}, dy.scalar_type()));
+}
+
+Tensor embedding_4bit_op(const Tensor& indices_, const Tensor& packed, const Tensor& absmax,
+                         OptionalTensor nested_absmax, OptionalTensor nested_codebook, OptionalTensor offset,
+                         std::string quant_type, int64_t block_size, int64_t num_embeddings, int64_t embedding_dim,
+                         ScalarType type) {
+  const DType dtype = dtype_of(type, "embedding_4bit");
+  const Weight w(packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size,
+                 num_embeddings * embedding_dim, "embedding_4bit");
+  const Tensor indices = dense(indices_.scalar_type() == ScalarType::Long
+                                        ? indices_
+                                        : torch::stable::to(indices_, ScalarType::Long));
+  const int64_t* index = indices.const_data_ptr<int64_t>();
+  const int64_t count = indices.numel();
+  for (int64_t i = 0; i < count; ++i)
+    STD_TORCH_CHECK(index[i] >= 0 && index[i] < num_embeddings, "embedding_4bit: index ", index[i],
+                    " is outside of 0 ... ", num_embeddings - 1);
+  Sizes sizes(indices.sizes().begin(), indices.sizes().end());
+  sizes.push_back(embedding_dim);
+  Tensor out = empty(packed, sizes, type);
+  embedding_4bit(w.view, index, count, embedding_dim, dtype, out.mutable_data_ptr());
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_int8_op(const Tensor& x_, std::optional<int64_t> dim,
+                                                    std::optional<int64_t> block_size, double threshold) {
+  const DType dtype = dtype_of(x_, "quantize_int8");
+  const Tensor x = dense(x_);
+  const int64_t n = x.numel();
+  const Sizes sizes(x.sizes().begin(), x.sizes().end());
+  Tensor values = empty(x, sizes, ScalarType::Char);
+  int8_t* q = values.mutable_data_ptr<int8_t>();
+  const bool by_row = dim && (*dim == -1 || *dim == x.dim() - 1) && x.dim() != 0;
+  const bool split = by_row && threshold > 0;
+  Tensor outliers = torch::stable::new_zeros(x, Sizes{split ? sizes.back() : 0}, ScalarType::Bool);
+  if (by_row) {
+    Tensor absmax = empty(x, Sizes(sizes.begin(), sizes.end() - 1), ScalarType::Float);
+    quantize_int8_rows(dtype, x.const_data_ptr(), rows_of(x), sizes.back(), float(threshold), q,
+                       absmax.mutable_data_ptr<float>(),
+                       split ? static_cast<uint8_t*>(outliers.mutable_data_ptr()) : nullptr);
+    return {values, absmax, outliers};
+  }
+  if (dim) {
+    STD_TORCH_CHECK(*dim == 0 && x.dim() == 2, "quantize_int8: dim must be -1, 0 (for a 2-D x) or None");
+    Tensor absmax = empty(x, {sizes[1]}, ScalarType::Float);
+    quantize_int8_columns(dtype, x.const_data_ptr(), sizes[0], sizes[1], q, absmax.mutable_data_ptr<float>());
+    return {values, absmax, outliers};
+  }
+  STD_TORCH_CHECK(!block_size || *block_size > 0, "quantize_int8: block_size must be positive");
+  Tensor absmax = torch::stable::new_zeros(
+      x, block_size ? Sizes{(n + *block_size - 1) / *block_size} : Sizes{}, ScalarType::Float);
+  quantize_int8_blocks(dtype, x.const_data_ptr(), n, block_size ? *block_size : std::max<int64_t>(n, 1), q,
+                       absmax.mutable_data_ptr<float>());
+  return {values, absmax, outliers};
+}
+
+Tensor dequantize_int8_op(const Tensor& values_, const Tensor& absmax_, std::optional<int64_t> dim,
+                          std::optional<int64_t> block_size, ScalarType type) {
+  const DType dtype = dtype_of(type, "dequantize_int8");
+  const int64_t n = values_.numel();
+  const bool by_row = dim && (*dim == -1 || *dim == values_.dim() - 1) && values_.dim() != 0;
+  STD_TORCH_CHECK(!dim || by_row || (*dim == 0 && values_.dim() == 2), "dequantize_int8: dim must be -1, 0 or None");
+  STD_TORCH_CHECK(!block_size || *block_size > 0, "dequantize_int8: block_size must be positive");
+  const bool by_column = dim && !by_row;
+  const int64_t period = std::max<int64_t>(
+      1, dim ? values_.size(values_.dim() - 1) : block_size ? *block_size : n);
+  const Tensor values = input(values_, ScalarType::Char, 0, "dequantize_int8", "values");
+  const Tensor absmax = input(absmax_, ScalarType::Float, by_column ? (n ? period : 0) : (n + period - 1) / period,
+                              "dequantize_int8", "absmax");
+  Tensor out = empty(values, Sizes(values.sizes().begin(), values.sizes().end()), type);
+  dequantize_int8(values.const_data_ptr<int8_t>(), absmax.const_data_ptr<float>(), by_column, n, period, dtype,
+                  out.mutable_data_ptr());
+  return out;
+}
+
+Tensor linear_int8_op(const Tensor& x_, const Tensor& values_, const Tensor& absmax_, OptionalTensor bias_,
+                      double threshold) {
+  const DType dtype = dtype_of(x_, "linear_int8");
+  STD_TORCH_CHECK(values_.dim() == 2, "linear_int8: values must be [out_features, in_features]");
+  const int64_t n = values_.size(0), k = values_.size(1);
+  Tensor y = empty(x_, with_last(x_, n), x_.scalar_type());
+  STD_TORCH_CHECK(x_.size(x_.dim() - 1) == k, "linear_int8: x has ", x_.size(x_.dim() - 1),
+                  " features, values has ", k);
+  STD_TORCH_CHECK(k <= kMaxInt8K, "linear_int8: in_features is ", k, "; int32 sums are exact up to ", kMaxInt8K);
+  const Tensor values = input(values_, ScalarType::Char, 0, "linear_int8", "values");
+  const Tensor absmax = input(absmax_, ScalarType::Float, n, "linear_int8", "absmax");
+  const OptionalTensor bias = bias_for(bias_, x_, n, "linear_int8");
+  const Tensor x = dense(x_);
+  linear_int8({dtype, x.const_data_ptr(), values.const_data_ptr<int8_t>(), absmax.const_data_ptr<float>(),
+              data_or_null(bias), float(threshold), rows_of(x), n, k, y.mutable_data_ptr()});
+  return y;
+}
+
+Tensor linear_int8_dx_op(const Tensor& dy, const Tensor& values, const Tensor& absmax) {
+  STD_TORCH_CHECK(dy.dim() >= 1 && values.dim() == 2, "linear_int8_dx: needs dy [..., out], values [out, in]");
+  return torch::stable::matmul(dy, dequantize_int8_op(values, absmax, -1, std::nullopt, dy.scalar_type()));
+}
+
+Tensor dropout_op(const Tensor& x_, const Tensor& seed, double p) {
+  const DType dtype = dtype_of(x_, "dropout");
+  STD_TORCH_CHECK(p >= 0 && p < 1, "dropout: p is ", p, ", must be in [0, 1)");
+  const Tensor key = input(seed, ScalarType::Long, 1, "dropout", "seed");
+  const Tensor x = dense(x_);
+  Tensor out = empty(x, Sizes(x.sizes().begin(), x.sizes().end()), x.scalar_type());
+  dropout(dtype, x.const_data_ptr(), x.numel(), uint64_t(*key.const_data_ptr<int64_t>()), p, out.mutable_data_ptr());
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(quantlib, CPU, m) {
+  m.impl("quantize_4bit", TORCH_BOX(&quantize_4bit_op));
+  m.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit_op));
+  m.impl("linear_4bit", TORCH_BOX(&linear_4bit_op));
+  m.impl("linear_4bit_dx", TORCH_BOX(&linear_4bit_dx_op));
+  m.impl("embedding_4bit", TORCH_BOX(&embedding_4bit_op));
+  m.impl("quantize_int8", TORCH_BOX(&quantize_int8_op));
+  m.impl("dequantize_int8", TORCH_BOX(&dequantize_int8_op));
+  m.impl("linear_int8", TORCH_BOX(&linear_int8_op));
+  m.impl("linear_int8_dx", TORCH_BOX(&linear_int8_dx_op));
+  m.impl("dropout", TORCH_BOX(&dropout_op));
+}
+
+// The Python module: which instruction sets this CPU has, best first, and which one is in force.
+namespace {
+
+constexpr const char* kIsaNames[] = {"cpu-portable", "cpu-avx2", "cpu-avx512"};
+
+PyObject* cpu_isas(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  for (int i = int(best_isa()); names && i >= 0; --i) {
+    PyObject* name = PyUnicode_FromString(kIsaNames[i]);
+    if (!name || PyList_Append(names, name) < 0) Py_CLEAR(names);
+    Py_XDECREF(name);
+  }
+  return names;
+}
+
+PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(kIsaNames[int(isa())]); }
+
+PyObject* set_cpu_isa(PyObject*, PyObject* name) {
+  for (int i = 0; i <= int(best_isa()); ++i)
+    if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, kIsaNames[i]) == 0) {
+      set_isa(Isa(i));
+      Py_RETURN_NONE;
+    }
+  return PyErr_Format(PyExc_ValueError, "set_cpu_isa: %R is none of cpu_isas()", name);
+}
+
+PyMethodDef methods[] = {
+    {"cpu_isas", cpu_isas, METH_NOARGS, "Names of the instruction sets this CPU has kernels for, best first."},
+    {"cpu_isa", cpu_isa, METH_NOARGS, "Name of the instruction set in force."},
+    {"set_cpu_isa", set_cpu_isa, METH_O, "Choose one of cpu_isas() for every op of this process."},
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "CPU kernels of quantlib.", -1, methods,
+                      nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+}  // namespace quantlib
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&quantlib::module); }
