@@ -1,0 +1,29 @@
+"""A tiny base model and some real text."""
+
+import pytest
+from pydoc_data.topics import topics
+
+from qlora.cli import quiet
+from qlora.pretrain import BaseOptions, pretrain
+
+quiet()
+TINY = BaseOptions(
+    vocab=384, hidden=64, intermediate=128, layers=2, heads=2, positions=128, steps=4, batch_size=4, seq_len=32
+)
+TOPICS = [topics[name] for name in ("assert", "break", "continue", "del", "if", "pass", "while")]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """The directory of a tiny base model, hardly trained."""
+    directory = tmp_path_factory.mktemp("base") / "tiny"
+    pretrain(TOPICS, directory, TINY, progress=False)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A text file of about 2,500 tokens."""
+    file = tmp_path_factory.mktemp("text") / "topics.txt"
+    file.write_text("\n\n".join(TOPICS), encoding="utf-8")
+    return file
