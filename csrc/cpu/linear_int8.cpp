@@ -37,8 +37,9 @@ namespace quantlib::QUANTLIB_ISA {
 constexpr float kStep = 1.0f / 127.0f;
 
 // 0 where no finite scale exists, which makes the values 0: absmax zero or tiny, infinite or NaN.
+// Two roundings, because that is how PyTorch, and so bitsandbytes, evaluates 127 / absmax.
 SIMD_INLINE float scale_of(float absmax) {
-  const float scale = 127.0f / absmax;
+  const float scale = 1.0f / absmax * 127.0f;
   return __builtin_fabsf(scale) <= 0x1.fffffep127f && absmax <= 0x1.fffffep127f ? scale : 0.0f;
 }
 
