@@ -157,7 +157,8 @@ def embedding_4bit(indices: Tensor, q: Quantized4bit, dtype: torch.dtype | None 
         [*indices.shape, embedding_dim].
 
     Raises:
-        IndexError: an index out of range (checked on CPU). TypeError, ValueError: dtypes and shapes.
+        RuntimeError: an index out of range, on CPU (IndexError from the reference). TypeError, ValueError: dtypes
+        and shapes.
     """
     num_embeddings, embedding_dim = _matrix("embedding_4bit", q)
     args = (indices, *q.op_args(), num_embeddings, embedding_dim, dtype or q.dtype)

@@ -170,5 +170,7 @@ def test_errors_of_the_public_functions():
         quantlib.quantize_4bit(torch.randn(5), quant_storage=torch.bfloat16)
     with pytest.raises(TypeError, match="x is torch.float64"):
         quantlib.linear_int8(x.double(), q8)
-    with pytest.raises(IndexError):
-        quantlib.embedding_4bit(torch.tensor([OUT]), q4)
+    for backend, error in (("auto", RuntimeError), ("reference", IndexError)):
+        for index in (OUT, -1):
+            with quantlib.use_backend(backend), pytest.raises(error, match="index"):
+                quantlib.embedding_4bit(torch.tensor([index]), q4)
