@@ -1,6 +1,7 @@
 # Every target sets up what it needs: a virtual environment in .venv, the pinned packages, the native build.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 
 .PHONY: demo test lint bench wheel clean
@@ -26,14 +27,15 @@ clean:
 	rm -rf .venv build dist *.egg-info quantlib/*.so
 
 .venv/installed: constraints.txt pyproject.toml
-	@echo "Setting up .venv (downloads PyTorch and the test packages: some minutes the first time)"
+	@echo "Setting up .venv: PyTorch, the packages of constraints.txt and the native kernels, about 3 minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools ninja torch
-	@echo "Compiling the native kernels and installing the package"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
+	@$(PIP) setuptools ninja torch
+	@$(PIP) --no-build-isolation -e ".[dev]"
 	@touch $@
 
+# Compiler output is kept for the case of an error. The object files of the installation are used again.
 .venv/built: .venv/installed setup.py $(SOURCES)
 	@echo "Compiling what changed in csrc/"
-	@$(BIN)/python setup.py -q build_ext --inplace
+	@mkdir -p build
+	@$(BIN)/python setup.py -q build_ext --inplace > build/log || { cat build/log; exit 1; }
 	@touch $@

@@ -87,6 +87,11 @@ def gencode_flags(nvcc: str) -> list[str]:
 class Build(BuildExtension):
     """torch's build command, with the .cu files of an extension (its `cuda_sources`) compiled by nvcc."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # A folder that stays, so that ninja compiles only what changed; `pip install -e .` would take a new one.
+        self.build_temp = os.path.abspath("build/objects")
+
     def build_extension(self, ext) -> None:
         sources = getattr(ext, "cuda_sources", [])
         if sources:
@@ -98,7 +103,7 @@ class Build(BuildExtension):
         super().build_extension(ext)
 
     def _nvcc(self, nvcc: str, flags: list[str], source: str) -> str:
-        target = Path(self.build_temp).absolute() / f"{source}.o"
+        target = Path(self.build_temp) / f"{source}.o"
         inputs = [source, *HEADERS, __file__]
         if not target.exists() or target.stat().st_mtime < max(os.stat(path).st_mtime for path in inputs):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -142,8 +147,5 @@ if __name__ == "__main__":
         modules = extensions()
     except ValueError as error:
         sys.exit(f"qlora-kernels: {error}")
-    # One folder for object files, so that ninja compiles only what changed, under `pip install -e .` too.
-    options = {"build_ext": {"build_temp": "build/objects"}}
-    if LIMITED_API:
-        options["bdist_wheel"] = {"py_limited_api": "cp310"}
+    options = {"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {}
     setup(ext_modules=modules, cmdclass={"build_ext": Build}, options=options)
