@@ -1,6 +1,7 @@
 """A tiny base model and some real text."""
 
 import pytest
+import torch
 from pydoc_data.topics import topics
 
 from qlora.cli import quiet
@@ -11,6 +12,15 @@ TINY = BaseOptions(
     vocab=384, hidden=64, intermediate=128, layers=2, heads=2, positions=128, steps=4, batch_size=4, seq_len=32
 )
 TOPICS = [topics[name] for name in ("assert", "break", "continue", "del", "if", "pass", "while")]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Matrices this small are multiplied faster by one thread than by several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
