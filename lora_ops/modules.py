@@ -28,7 +28,7 @@ def lora_forward(
         x: [..., in_features]. A: [rank, in_features]. B: [out_features, rank]. lora_bias: [out_features] or None.
 
     Returns:
-        [..., out_features] in the dtype of x, or the autocast dtype under autocast.
+        [..., out_features] in the dtype that `base_layer(x)` has.
     """
     base = base_layer.quantized if isinstance(base_layer, (Linear4bit, Linear8bit)) else base_layer.weight
     bias = base_layer.bias
@@ -128,7 +128,9 @@ def prepare_for_training(model: nn.Module, gradient_checkpointing: bool = True) 
         if "lora_" not in name:
             parameter.requires_grad_(False)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5 renames the method, and deprecates the old name
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         if not getattr(model, "_require_grads_hooks", None):
             model.enable_input_require_grads()
     return model

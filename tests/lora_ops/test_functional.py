@@ -94,13 +94,14 @@ def plain(x, weight, A, B, scaling, bias):
     return linear(x, weight, bias) + linear(linear(x, A), B) * scaling
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype, lora_dtype", [*((d, d) for d in DTYPES), *((d, torch.float32) for d in DTYPES[1:])])
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 @pytest.mark.parametrize("rows", [1, 8, 300])
-def test_error_is_within_that_of_plain_pytorch(rows, kind, dtype):
+def test_error_is_within_that_of_plain_pytorch(rows, kind, dtype, lora_dtype):
+    """With float32 adapters on 16-bit activations, plain PyTorch means autocast."""
     ours, theirs = [0.0] * 5, [0.0] * 5
     for seed in range(2 if rows > 8 else 8):
-        x, base, A, B, bias, dense = make_inputs(kind, (rows,), 160, 192, 8, dtype, seed=seed)
+        x, base, A, B, bias, dense = make_inputs(kind, (rows,), 160, 192, 8, dtype, lora_dtype, seed=seed)
         # the base as plain PyTorch would hold it, rounded to dtype; the oracle takes the same weight
         weight = dense.to(dtype)
         if kind != "dense":
@@ -109,7 +110,8 @@ def test_error_is_within_that_of_plain_pytorch(rows, kind, dtype):
         y = lora_linear(x, base, A, B, 1.5, bias)
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
         grads = torch.autograd.grad(y, (x, A, B, bias), dy)
-        y_plain = plain(x, weight, A, B, 1.5, bias)
+        with torch.autocast("cpu", dtype, enabled=dtype != lora_dtype):
+            y_plain = plain(x, weight, A, B, 1.5, bias)
         grads_plain = torch.autograd.grad(y_plain, (x, A, B, bias), dy)
         exact = (
             reference.lora_linear(wide[0], dense, wide[1], wide[2], 1.5, wide[3]),
