@@ -163,7 +163,7 @@ def _spread(absmax: Tensor, values: Tensor, dim: int | None, block_size: int | N
 def quantize_int8(
     x: Tensor, dim: int | None, block_size: int | None, threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Absmax int8: `values = round_half_even(x * (127 / absmax))`, LLM.int8() outlier columns if asked.
+    """Absmax int8: `values = round_half_even(x * (1 / absmax * 127))`, LLM.int8() outlier columns if asked.
 
     Args:
         x: any shape; [..., K] for dim=-1.
@@ -174,7 +174,7 @@ def quantize_int8(
     Returns:
         values int8 of x's shape; absmax float32 (float64 for a float64 x; shapes in `formats.QuantizedInt8`);
         outliers bool, [K] with a threshold and [0] without. Where absmax is NaN, infinite or too small for
-        127 / absmax to be finite (0 and below 3.8e-37), values are 0.
+        1 / absmax * 127 to be finite (0 and below 3.8e-37), values are 0.
     """
     compute = _arithmetic(x.dtype)
     outliers = x.new_empty(0, dtype=torch.bool)
@@ -191,7 +191,7 @@ def quantize_int8(
         absmax = _largest(kept.reshape(-1), 0)
     else:
         absmax = _largest(kept, dim)
-    scale = 127 / absmax
+    scale = absmax.reciprocal() * 127  # two roundings, as in bitsandbytes: what PyTorch makes of 127 / absmax
     usable = scale.isfinite() & absmax.isfinite()
     q = torch.round(kept * _spread(scale, x, dim, block_size))
     q = torch.where(_spread(usable, x, dim, block_size), q, 0)  # a cast of NaN or inf is undefined
