@@ -63,7 +63,9 @@ SIMD_INLINE bool any(I32 mask) { return max(mask & 1) != 0; }
 template <class T>
 static float absmax_below(const T* x, int64_t n, float threshold, uint8_t* outliers) {
   I32 m = {};
-  const F32 limit = set1(threshold);
+  T limit_of_x;  // bitsandbytes compares in x's dtype
+  narrow(threshold, &limit_of_x);
+  const F32 limit = set1(widen(limit_of_x));
   for (int64_t i = 0; i < n; i += W) {
     const int64_t count = n - i < W ? n - i : W;
     const I32 bits = magnitude(count == W ? load(x + i) : load_part(x + i, count));
