@@ -25,23 +25,31 @@ SIMD_INLINE __m512bh dot_vector(const bf16* p) { return load_raw<__m512bh>(p); }
 SIMD_INLINE F32 dot(__m512bh x, __m512bh w, F32 acc) { return (F32)_mm512_dpbf16_ps((__m512)acc, x, w); }
 #endif
 
+// Sums longer than this many vectors are cut, or float32's rounding would exceed that of a blocked matmul.
+constexpr int64_t kChain = 256;
+
 // out[i * ldo + j] = x row i . w row j, k a multiple of dot_step.
 template <int M, class E>
 static void dot_tile(const E* x, int64_t ldx, const E* w, int64_t ldw, int64_t k, float* out, int64_t ldo) {
-  F32 acc[M][kTileN] = {};
-  for (int64_t i = 0; i < k; i += dot_step<E>()) {
-    decltype(dot_vector(x)) b[kTileN];
+  int64_t i = 0;
+  do {
+    const int64_t stop = k - i < kChain * dot_step<E>() ? k : i + kChain * dot_step<E>();
+    const bool first = i == 0;
+    F32 acc[M][kTileN] = {};
+    for (; i < stop; i += dot_step<E>()) {
+      decltype(dot_vector(x)) b[kTileN];
 #pragma GCC unroll 8
-    for (int c = 0; c < kTileN; ++c) b[c] = dot_vector(w + c * ldw + i);
+      for (int c = 0; c < kTileN; ++c) b[c] = dot_vector(w + c * ldw + i);
 #pragma GCC unroll 8
-    for (int r = 0; r < M; ++r) {
-      const auto a = dot_vector(x + r * ldx + i);
+      for (int r = 0; r < M; ++r) {
+        const auto a = dot_vector(x + r * ldx + i);
 #pragma GCC unroll 8
-      for (int c = 0; c < kTileN; ++c) acc[r][c] = dot(a, b[c], acc[r][c]);
+        for (int c = 0; c < kTileN; ++c) acc[r][c] = dot(a, b[c], acc[r][c]);
+      }
     }
-  }
-  for (int r = 0; r < M; ++r)
-    for (int c = 0; c < kTileN; ++c) out[r * ldo + c] = sum(acc[r][c]);
+    for (int r = 0; r < M; ++r)
+      for (int c = 0; c < kTileN; ++c) out[r * ldo + c] = sum(acc[r][c]) + (first ? 0.0f : out[r * ldo + c]);
+  } while (i < k);
 }
 
 template <class E>
