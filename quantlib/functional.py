@@ -62,8 +62,8 @@ def quantize_4bit(
         quant_storage: dtype that the packed bytes are viewed as, so that FSDP can shard them with the rest.
 
     Returns:
-        Quantized4bit. An all-zero block decodes to zeros. A block with a NaN decodes to NaN; one with an
-        infinity to NaN, as its absmax is infinite.
+        Quantized4bit. An all-zero block decodes to zeros and a block with a NaN to NaN. Infinities, of either
+        sign, decode to +inf and the rest of their block to NaN, as in bitsandbytes.
 
     Raises:
         TypeError: dtype of `weight`. ValueError: quant_type, block_size, or bytes that do not fill quant_storage.
@@ -172,7 +172,7 @@ def embedding_4bit(indices: Tensor, q: Quantized4bit, dtype: torch.dtype | None 
 def quantize_int8(
     x: Tensor, dim: int | None = -1, block_size: int | None = None, threshold: float = 0.0
 ) -> QuantizedInt8:
-    """absmax int8: `round_half_even(x * 127 / absmax)`, absmax kept in float32.
+    """absmax int8: `round_half_even(x * (1 / absmax * 127))` in float32, absmax kept in float32.
 
     Args:
         x: float32, float16 or bfloat16, any strides.
