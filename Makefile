@@ -28,7 +28,7 @@ clean:
 
 .venv/installed: constraints.txt pyproject.toml
 	@echo "Setting up .venv: PyTorch, the packages of constraints.txt and the native kernels, about 3 minutes"
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@$(PIP) setuptools ninja torch
 	@$(PIP) --no-build-isolation -e ".[dev]"
 	@touch $@
