@@ -2,3 +2,8 @@
 
 `cli` > `train`, `evaluate`, `demo` > `model`, `data` > `files`; every file imports only from below itself.
 """
+
+import logging
+
+# PEFT imports bitsandbytes, which then warns of a kernel that it does not download and nothing here uses.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

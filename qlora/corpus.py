@@ -38,13 +38,12 @@ def documentation(held_out: float = 0.12, seed: int = 0) -> tuple[list[str], lis
     """
     from pydoc_data.topics import topics
 
-    total = sum(map(len, topics.values()))
-    names = sorted(topics)
-    random.Random(seed).shuffle(names)
+    texts = sorted(set(topics.values()))  # some topics are one text under two names
+    total = sum(map(len, texts))
+    random.Random(seed).shuffle(texts)
     train: list[str] = []
     test: list[str] = []
-    for name in names:
-        text = topics[name]
+    for text in texts:
         full = sum(map(len, test)) + len(text) > held_out * total
         (train if full or len(text) > 0.05 * total else test).append(text)
     return train, test

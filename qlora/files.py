@@ -38,7 +38,7 @@ def published(directory: Path, last: str) -> Iterator[Path]:
     try:
         yield staging
         (directory / last).unlink(missing_ok=True)
-        for file in sorted(staging.iterdir(), key=lambda file: file.name == last):
+        for file in sorted(staging.iterdir(), key=lambda file: (file.name == last, file.name)):
             os.replace(file, directory / file.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -86,7 +86,7 @@ def find_model(model: str) -> Path:
     """
     path = Path(model).expanduser()
     if not path.exists():
-        if path.is_absolute() or model.startswith((".", "~")) or len(path.parts) != 2:
+        if model.startswith((".", "~", "/")) or len(path.parts) > 2:
             raise InputError(f"model directory {model} does not exist; give a directory or a hub id")
         try:
             path = Path(snapshot_download(model, allow_patterns=HUB_FILES))
@@ -111,7 +111,10 @@ def _check_weight_files(path: Path) -> None:
     if (path / "model.safetensors").is_file():
         names: Iterable[str] = ["model.safetensors"]
     elif index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise InputError(f"{index} names no files; fetch the model again") from None
     elif pickled := sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern)):
         raise InputError(
             f"{path} has only pickled weights ({pickled[0]}), which can run code when loaded; "

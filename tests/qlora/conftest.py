@@ -1,8 +1,9 @@
 """A tiny base model and some real text."""
 
+from pydoc_data.topics import topics
+
 import pytest
 import torch
-from pydoc_data.topics import topics
 
 from qlora.cli import quiet
 from qlora.pretrain import BaseOptions, pretrain
