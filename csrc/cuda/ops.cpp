@@ -65,6 +65,8 @@ Tensor dequantize_4bit_op(Tensor packed, Tensor absmax, std::optional<Tensor> ne
   weight.block_shift = __builtin_ctzll(static_cast<uint64_t>(block_size));
   weight.n = out.numel();
   if (nested_absmax.has_value()) {
+    nested_absmax = torch::stable::contiguous(*nested_absmax);
+    nested_codebook = torch::stable::contiguous(*nested_codebook);
     weight.absmax = {nullptr, data<uint8_t>(absmax), data<float>(*nested_absmax), data<float>(*nested_codebook),
                      data<float>(*offset)};
   } else {
