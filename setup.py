@@ -34,7 +34,6 @@ except ImportError:
 CUDA_ARCHITECTURES = ("75", "80", "90", "100", "120")
 # No contraction: absmax * code + offset must round twice, as the format defines it.
 CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
-CXX_FLAGS += ["-Wno-maybe-uninitialized"]  # GCC 12 finds it in its own AVX-512 header
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Icsrc", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
