@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from quantlib import reference
 from quantlib.backends import kernel
 from quantlib.formats import Quantized4bit, QuantizedInt8
-from quantlib.functional import matmul, matmul_dx
+from quantlib.functional import autocast_dtype, matmul, matmul_dx
 
 Base = Tensor | Quantized4bit | QuantizedInt8
 
@@ -59,15 +59,8 @@ def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
 
 
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype of the autocast in force, None without one."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return None
-
-
 def _autocast_off(device_type: str) -> AbstractContextManager:
-    return torch.autocast(device_type, enabled=False) if _autocast_dtype(device_type) else nullcontext()
+    return torch.autocast(device_type, enabled=False) if autocast_dtype(device_type) else nullcontext()
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -185,7 +178,7 @@ def lora_linear(
         TypeError: a dtype, or a base of another type. ValueError: a shape, a device, dropout_p, or a base that
         requires grad.
     """
-    dtype = _autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.dtype != torch.float64:
         x = x.to(dtype)
         base = base.to(dtype) if isinstance(base, Tensor) else base

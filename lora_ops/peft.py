@@ -160,7 +160,7 @@ class LoraQuantizedLinear(peft_layer.Linear):
             return
         base = self.get_base_layer()
         quantized, bias = self._unmerged
-        base._set_quantized(quantized.to(base.weight.device))
+        base.set_quantized(quantized.to(base.weight.device))
         if bias is not None:
             base.bias.data = bias.to(base.bias.device)
         for name in self.merged_adapters:

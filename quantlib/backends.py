@@ -59,7 +59,11 @@ class Backend:
         return self.missing
 
 
-_registered = {op: getattr(torch.ops.quantlib, op).default for op in ops.SCHEMAS}.__getitem__
+_OVERLOADS = {op: getattr(torch.ops.quantlib, op).default for op in ops.SCHEMAS}
+
+
+def _registered(op: str) -> Callable:
+    return _OVERLOADS[op]
 
 
 def _reference(op: str) -> Callable:

@@ -29,12 +29,19 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of the autocast in force, None without one."""
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
 def _autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Under autocast a linear computes in the autocast dtype, as `F.linear` does."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        return x.to(dtype), None if bias is None else bias.to(dtype)
-    return x, bias
+    dtype = autocast_dtype(x.device.type)
+    if dtype is None:
+        return x, bias
+    return x.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _bias_grad(dy: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ class _QuantizedWeight:
         """The weight as a container; it shares memory with the layer."""
         raise NotImplementedError
 
-    def _set_quantized(self, q: Any) -> None:
+    def set_quantized(self, q: Any) -> None:
+        """Replaces the stored weight by a container of the same kind and shape; shares its memory."""
         raise NotImplementedError
 
     def _quantize(self, weight: Tensor) -> Any:
@@ -62,7 +63,7 @@ class _QuantizedWeight:
             raise ValueError(
                 f"{type(self).__name__}.quantize_: weight has shape {tuple(weight.shape)}; expected {self._shape()}"
             )
-        self._set_quantized(self._quantize(weight))
+        self.set_quantized(self._quantize(weight))
 
     def _set_scales(self, **scales: Tensor | None) -> None:
         for name, scale in scales.items():
@@ -111,7 +112,7 @@ class _QuantizedWeight:
                 f"{prefix}weight holds a quantized tensor of shape {tuple(q.shape)}; this {type(self).__name__} "
                 f"is {self._shape()}"
             )
-        self._set_quantized(q.to(device))
+        self.set_quantized(q.to(device))
 
 
 class _Weight4bit(_QuantizedWeight):
@@ -137,7 +138,7 @@ class _Weight4bit(_QuantizedWeight):
             dtype=self.weight_dtype,
         )
 
-    def _set_quantized(self, q: Quantized4bit) -> None:
+    def set_quantized(self, q: Quantized4bit) -> None:
         self._set_format(q.quant_type, q.block_size, q.double_quant, q.packed.dtype)
         self.weight_dtype = q.dtype
         self.weight = Params4bit(q.packed.detach(), requires_grad=False)
@@ -264,7 +265,7 @@ class Linear8bit(_QuantizedLinear, nn.Linear):
     def quantized(self) -> QuantizedInt8:
         return QuantizedInt8(self.weight, self.absmax, None, -1, None, self.weight_dtype)
 
-    def _set_quantized(self, q: QuantizedInt8) -> None:
+    def set_quantized(self, q: QuantizedInt8) -> None:
         self.weight_dtype = q.dtype
         self.weight = nn.Parameter(q.values, requires_grad=False)
         self._set_scales(absmax=q.absmax)
