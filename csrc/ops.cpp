@@ -51,7 +51,9 @@ Tensor input(const Tensor& x, ScalarType type, int64_t least, const char* op, co
 }
 
 Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
+  Tensor out = torch::stable::new_empty(like, sizes, type);
+  expect_writes(out.mutable_data_ptr(), out.numel() * out.element_size());
+  return out;
 }
 
 Sizes with_last(const Tensor& x, int64_t size) {
@@ -167,13 +169,17 @@ Tensor linear_4bit_op(const Tensor& x_, const Tensor& packed, const Tensor& absm
   return y;
 }
 
-Tensor linear_4bit_dx_op(const Tensor& dy, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
+Tensor linear_4bit_dx_op(const Tensor& dy_, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
                          OptionalTensor nested_codebook, OptionalTensor offset, std::string quant_type,
                          int64_t block_size, int64_t in_features) {
-  STD_TORCH_CHECK(dy.dim() >= 1, "linear_4bit_dx: dy needs at least one dimension");
-  return torch::stable::matmul(
-      dy, dequantize_4bit_op(packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size,
-                             {dy.size(dy.dim() - 1), in_features}, dy.scalar_type()));
+  const DType dtype = dtype_of(dy_, "linear_4bit_dx");
+  Tensor dx = empty(dy_, with_last(dy_, in_features), dy_.scalar_type());
+  const int64_t m = rows_of(dy_), n = dy_.size(dy_.dim() - 1);
+  const Weight w(packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size, n * in_features,
+                 "linear_4bit_dx");
+  const Tensor dy = dense(dy_);
+  linear_4bit_dx({dtype, dy.const_data_ptr(), w.view, nullptr, m, n, in_features, dx.mutable_data_ptr()});
+  return dx;
 }
 
 Tensor embedding_4bit_op(const Tensor& indices_, const Tensor& packed, const Tensor& absmax,
@@ -267,9 +273,19 @@ Tensor linear_int8_op(const Tensor& x_, const Tensor& values_, const Tensor& abs
   return y;
 }
 
-Tensor linear_int8_dx_op(const Tensor& dy, const Tensor& values, const Tensor& absmax) {
-  STD_TORCH_CHECK(dy.dim() >= 1 && values.dim() == 2, "linear_int8_dx: needs dy [..., out], values [out, in]");
-  return torch::stable::matmul(dy, dequantize_int8_op(values, absmax, -1, std::nullopt, dy.scalar_type()));
+Tensor linear_int8_dx_op(const Tensor& dy_, const Tensor& values_, const Tensor& absmax_) {
+  const DType dtype = dtype_of(dy_, "linear_int8_dx");
+  STD_TORCH_CHECK(values_.dim() == 2, "linear_int8_dx: values must be [out_features, in_features]");
+  const int64_t n = values_.size(0), k = values_.size(1);
+  Tensor dx = empty(dy_, with_last(dy_, k), dy_.scalar_type());
+  STD_TORCH_CHECK(dy_.size(dy_.dim() - 1) == n, "linear_int8_dx: dy has ", dy_.size(dy_.dim() - 1),
+                  " features, values has ", n, " rows");
+  const Tensor values = input(values_, ScalarType::Char, 0, "linear_int8_dx", "values");
+  const Tensor absmax = input(absmax_, ScalarType::Float, n, "linear_int8_dx", "absmax");
+  const Tensor dy = dense(dy_);
+  linear_int8_dx({dtype, dy.const_data_ptr(), values.const_data_ptr<int8_t>(), absmax.const_data_ptr<float>(), nullptr,
+                  0.0f, rows_of(dy), n, k, dx.mutable_data_ptr()});
+  return dx;
 }
 
 Tensor dropout_op(const Tensor& x_, const Tensor& seed, double p) {

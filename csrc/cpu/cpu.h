@@ -35,6 +35,10 @@ void parallel_for(int64_t n, int64_t grain, const F& f) {
       [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); }, &f);
 }
 
+// Asks for huge pages under a buffer about to be written: 8192 page faults for the 32 MiB of a decoded 4096 x 4096
+// weight took 20 ms, ten times what decoding it takes. Does nothing to small buffers.
+void expect_writes(void* data, int64_t bytes);
+
 // This thread's reusable buffer number `slot`, 64-byte aligned, contents undefined. Kept between calls, since the
 // page faults of a fresh megabyte cost more than the work on it; buffers beyond 32 MiB are given back.
 void* acquire_scratch(int slot, int64_t bytes);
@@ -89,6 +93,8 @@ struct Linear4bit {
   void* y;
 };
 void linear_4bit(const Linear4bit& a);
+// y[m, k] = x[m, n] w[n, k]: x is the gradient of the output, y that of the input; no bias.
+void linear_4bit_dx(const Linear4bit& a);
 
 // Row-wise absmax int8 of x[rows, k]. outliers[k] is null without a threshold, else zeroed by the caller.
 void quantize_int8_rows(DType dtype, const void* x, int64_t rows, int64_t k, float threshold, int8_t* values,
@@ -112,6 +118,8 @@ struct LinearInt8 {
   void* y;
 };
 void linear_int8(const LinearInt8& a);
+// y[m, k] = x[m, n] dequantize(w)[n, k]: the gradient of the input from that of the output; no bias, no threshold.
+void linear_int8_dx(const LinearInt8& a);
 
 // out = x / (1 - p) where Philox keeps the element, else 0.
 void dropout(DType dtype, const void* x, int64_t n, uint64_t seed, double p, void* out);

@@ -47,7 +47,9 @@ static void dot_tile(const E* x, int64_t ldx, const E* w, int64_t ldw, int64_t k
         for (int c = 0; c < kTileN; ++c) acc[r][c] = dot(a, b[c], acc[r][c]);
       }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < M; ++r)
+#pragma GCC unroll 8
       for (int c = 0; c < kTileN; ++c) out[r * ldo + c] = sum(acc[r][c]) + (first ? 0.0f : out[r * ldo + c]);
   } while (i < k);
 }

@@ -63,12 +63,16 @@ static void dot_tile_int8(const int8_t* x, const int8_t* w, int64_t k, int32_t* 
     }
   }
   if (i < k) {
+#pragma GCC unroll 8
     for (int c = 0; c < N; ++c) {
       const I8Block b = w_block(Int8Tail(w + c * k + i, k - i).bytes);
+#pragma GCC unroll 8
       for (int r = 0; r < M; ++r) acc[r][c] = dot_int8(x_block(Int8Tail(x + r * k + i, k - i).bytes), b, acc[r][c]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < M; ++r)
+#pragma GCC unroll 8
     for (int c = 0; c < N; ++c) out[r * ldo + c] = sum(acc[r][c]);
 }
 

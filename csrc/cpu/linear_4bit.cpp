@@ -1,4 +1,4 @@
-// y = x W^T + bias on a 4-bit weight, never holding more of the decoded weight than a panel of a few rows.
+// y = x W^T + bias and dx = dy W on a 4-bit weight, never holding more of it decoded than a panel.
 #ifndef QUANTLIB_ISA
 #define QUANTLIB_SELF "linear_4bit.cpp"
 #include "each_isa.h"
@@ -6,6 +6,7 @@
 namespace quantlib {
 
 void linear_4bit(const Linear4bit& a) { QUANTLIB_DISPATCH(linear_4bit)(a); }
+void linear_4bit_dx(const Linear4bit& a) { QUANTLIB_DISPATCH(linear_4bit_dx)(a); }
 
 }  // namespace quantlib
 #else
@@ -14,92 +15,100 @@ namespace quantlib::QUANTLIB_ISA {
 
 #include "simd.h"
 #include "decode_4bit.h"
-#include "dot_tile.h"
+#include "matmul.h"
 
-// What one multiplies in: x and decoded weights as E, rows padded with zeros to a multiple of kStep.
-template <class E>
-struct Operands {
-  const E* x;
-  int64_t ldx;  // also the padded k
+struct Rows4bit {
+  const Weight4bit& w;
+  int64_t k;
+
+  template <class E>
+  SIMD_INLINE_MEMBER void decode(int64_t row, int64_t begin, int64_t end, E* out) const {
+    QUANTLIB_ISA::decode(w, row * k + begin, row * k + end, out);
+  }
 };
 
-template <class T>
-SIMD_INLINE void add_bias(const void* bias, int64_t n, float* row, int64_t count) {
-  const T* b = static_cast<const T*>(bias) + n;
-  int64_t i = 0;
-  for (; i + W <= count; i += W) store(row + i, load(row + i) + load(b + i));
-  for (; i < count; ++i) row[i] += widen(b[i]);
-}
+#if QUANTLIB_LEVEL == 2
+// Few rows of x: decode in registers straight into the products, nothing is written. kRows rows of the weight at a
+// time give independent chains of sums and share the loads of x. M = 6 is what 32 registers hold.
+constexpr int kRows = 4, kMostAtOnce = 6;
 
-template <class T>
-static void finish_row(const void* bias, void* y, int64_t offset, int64_t n, float* row, int64_t count) {
-  if (bias) add_bias<T>(bias, n, row, count);
-  convert(row, count, static_cast<T*>(y) + offset + n);
-}
-
-// Rows [first, last) of the weight in panels of kPanel: decode once, then every row of x against the panel.
-template <class E>
-static void multiply(const Linear4bit& a, const Operands<E>& operands, int64_t first, int64_t last) {
-  const int64_t kp = operands.ldx;
-  const Scratch<E> panel(0, kPanel * kp);
-  for (int64_t n = first; n < last; n += kPanel) {
-    const int64_t rows = last - n < kPanel ? last - n : kPanel;
-    for (int64_t r = 0; r < kPanel; ++r) {
-      E* row = panel + r * kp;
-      if (r < rows) {
-        decode(a.w, (n + r) * a.k, (n + r + 1) * a.k, row);
-        __builtin_memset(row + a.k, 0, sizeof(E) * (kp - a.k));
-      } else if (r < (rows + kTileN - 1) / kTileN * kTileN) {
-        __builtin_memset(row, 0, sizeof(E) * kp);
+template <int M>
+static void stream_rows(const Weight4bit& w, const bf16* x, int64_t k, int64_t row, float (*out)[kRows]) {
+  F32 acc[M][kRows] = {};
+  const int64_t segment = (int64_t(1) << w.block_shift) < k ? int64_t(1) << w.block_shift : k;
+  // k and the block size are multiples of 32 and one divides the other, so a segment lies in one block.
+  for (int64_t begin = 0; begin < k; begin += segment) {
+    __m512i table[kRows];
+    const uint8_t* packed[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t i = (row + r) * k + begin;
+      table[r] = lookup_table(w.codebook, w.scale(i >> w.block_shift), x);
+      packed[r] = w.packed + i / 2;
+    }
+    for (int64_t i = 0; i < segment; i += 32) {
+      __m512bh b[kRows];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) b[r] = (__m512bh)lookup32(packed[r] + i / 2, table[r]);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const __m512bh v = load_raw<__m512bh>(x + m * k + begin + i);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) acc[m][r] = (F32)_mm512_dpbf16_ps((__m512)acc[m][r], v, b[r]);
       }
     }
-    for (int64_t m = 0; m < a.m; m += kTileM) {
-      float out[kTileM][kPanel];
-      const int64_t count = a.m - m < kTileM ? a.m - m : kTileM;
-      for (int64_t r = 0; r < rows; r += kTileN)
-        dot_rows(operands.x + m * kp, kp, panel + r * kp, kp, kp, count, out[0] + r, kPanel);
-      for (int64_t i = 0; i < count; ++i)
-        QUANTLIB_BY_DTYPE(a.dtype, finish_row, a.bias, a.y, (m + i) * a.n, n, out[i], rows);
-    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) out[m][r] = sum(acc[m][r]);
+}
+
+static void stream_rows(int64_t m, const Weight4bit& w, const bf16* x, int64_t k, int64_t row, float (*out)[kRows]) {
+  switch (m) {
+    case 1: return stream_rows<1>(w, x, k, row, out);
+    case 2: return stream_rows<2>(w, x, k, row, out);
+    case 3: return stream_rows<3>(w, x, k, row, out);
+    case 4: return stream_rows<4>(w, x, k, row, out);
+    case 5: return stream_rows<5>(w, x, k, row, out);
+    default: return stream_rows<kMostAtOnce>(w, x, k, row, out);
   }
 }
 
-// x as E with padded rows; x itself where it already is that.
-template <class T, class E>
-static void pad_rows(const void* x, int64_t m, int64_t k, int64_t kp, E* out) {
-  parallel_for(m, (1 << 15) / (k + 1) + 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      convert(static_cast<const T*>(x) + i * k, k, out + i * kp);
-      __builtin_memset(out + i * kp + k, 0, sizeof(E) * (kp - k));
-    }
-  });
+static bool can_stream(const Linear4bit& a) {
+  const int64_t block = int64_t(1) << a.w.block_shift;
+  return a.dtype == DType::bf16 && a.m <= 18 && a.n % kRows == 0 && a.k % 32 == 0 && a.k > 0 &&
+         (a.k % block == 0 || block % a.k == 0);
 }
 
-template <class E>
-static void run(const Linear4bit& a, DType element) {
-  const int64_t kp = (a.k + dot_step<E>() - 1) / dot_step<E>() * dot_step<E>();
-  Operands<E> operands{static_cast<const E*>(a.x), kp};
-  const bool as_is = a.dtype == element && kp == a.k;
-  const Scratch<E> x(1, as_is ? 0 : a.m * kp);
-  if (!as_is) {
-    operands.x = x;
-    switch (a.dtype) {
-      case DType::f32: pad_rows<float, E>(a.x, a.m, a.k, kp, x); break;
-      case DType::f16: pad_rows<f16, E>(a.x, a.m, a.k, kp, x); break;
-      case DType::bf16: pad_rows<bf16, E>(a.x, a.m, a.k, kp, x); break;
-    }
-  }
-  parallel_for((a.n + kTileN - 1) / kTileN, 1, [&](int64_t first, int64_t last) {
-    multiply(a, operands, first * kTileN, last * kTileN < a.n ? last * kTileN : a.n);
+static void stream(const Linear4bit& a) {
+  const bf16* x = static_cast<const bf16*>(a.x);
+  const bf16* bias = static_cast<const bf16*>(a.bias);
+  bf16* y = static_cast<bf16*>(a.y);
+  const int64_t passes = (a.m + kMostAtOnce - 1) / kMostAtOnce;
+  parallel_for(a.n / kRows, 16384 / a.k + 1, [&](int64_t first, int64_t last) {
+    for (int64_t n = first * kRows; n < last * kRows; n += kRows)
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        const int64_t begin = a.m * pass / passes, end = a.m * (pass + 1) / passes;
+        float out[kMostAtOnce][kRows];
+        stream_rows(end - begin, a.w, x + begin * a.k, a.k, n, out);
+        for (int64_t m = begin; m < end; ++m)
+          for (int r = 0; r < kRows; ++r)
+            narrow(out[m - begin][r] + (bias ? widen(bias[n + r]) : 0.0f), y + m * a.n + n + r);
+      }
   });
 }
+#endif
 
 void linear_4bit(const Linear4bit& a) {
 #if QUANTLIB_LEVEL == 2
-  if (a.dtype == DType::bf16) return run<bf16>(a, DType::bf16);
+  if (can_stream(a)) return stream(a);
 #endif
-  // Weights enter unrounded here: one rounding less than multiplying by the dequantized weight.
-  run<float>(a, DType::f32);
+  multiply<true>(a.dtype, {a.x, a.bias, a.m, a.n, a.k, a.y}, Rows4bit{a.w, a.k});
+}
+
+void linear_4bit_dx(const Linear4bit& a) {
+  multiply<false>(a.dtype, {a.x, nullptr, a.m, a.k, a.n, a.y}, Rows4bit{a.w, a.k});
 }
 
 }  // namespace quantlib::QUANTLIB_ISA

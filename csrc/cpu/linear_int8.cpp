@@ -24,6 +24,7 @@ void dequantize_int8(const int8_t* values, const float* absmax, bool by_column, 
 }
 
 void linear_int8(const LinearInt8& a) { QUANTLIB_DISPATCH(linear_int8)(a); }
+void linear_int8_dx(const LinearInt8& a) { QUANTLIB_DISPATCH(linear_int8_dx)(a); }
 
 }  // namespace quantlib
 #else
@@ -33,6 +34,7 @@ namespace quantlib::QUANTLIB_ISA {
 #include "simd.h"
 #include "dot_tile.h"
 #include "dot_tile_int8.h"
+#include "matmul.h"
 
 constexpr float kStep = 1.0f / 127.0f;
 
@@ -226,7 +228,7 @@ static void finish_row(const LinearInt8& a, int64_t m, int64_t n, float* row, in
   convert(row, count, static_cast<T*>(a.y) + m * a.n + n);
 }
 
-static void multiply(const LinearInt8& a, const Activations& x, int64_t first, int64_t last) {
+static void multiply_int8(const LinearInt8& a, const Activations& x, int64_t first, int64_t last) {
   constexpr float kStep2 = float(1.0 / (127.0 * 127.0));
   const Scratch<float> panel(0, kPanel * x.ldo);
   for (int64_t n = first; n < last; n += kPanel) {
@@ -291,8 +293,23 @@ void linear_int8(const LinearInt8& a) {
   }
   const Activations x{q, absmaxes, columns, count, ldo, outliers};
   parallel_for((a.n + kTileN - 1) / kTileN, 1, [&](int64_t first, int64_t last) {
-    multiply(a, x, first * kTileN, last * kTileN < a.n ? last * kTileN : a.n);
+    multiply_int8(a, x, first * kTileN, last * kTileN < a.n ? last * kTileN : a.n);
   });
+}
+
+struct RowsInt8 {
+  const int8_t* values;
+  const float* absmax;
+  int64_t k;
+
+  template <class E>
+  SIMD_INLINE_MEMBER void decode(int64_t row, int64_t begin, int64_t end, E* out) const {
+    dequantize_run(values + row * k + begin, absmax + row, false, end - begin, out);
+  }
+};
+
+void linear_int8_dx(const LinearInt8& a) {
+  multiply<false>(a.dtype, {a.x, nullptr, a.m, a.k, a.n, a.y}, RowsInt8{a.w, a.w_absmax, a.k});
 }
 
 }  // namespace quantlib::QUANTLIB_ISA

@@ -3,6 +3,10 @@
 #include <cstdlib>
 #include <new>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "cpu.h"
 
 namespace quantlib {
@@ -19,6 +23,15 @@ Isa best_isa() {
   if (has_avx2) return Isa::avx2;
 #endif
   return Isa::portable;
+}
+
+void expect_writes(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 namespace {
@@ -43,6 +56,7 @@ struct Buffer {
       data = std::aligned_alloc(64, static_cast<size_t>(rounded));
       if (!data) throw std::bad_alloc();
       bytes = rounded;
+      expect_writes(data, bytes);
     }
     return data;
   }
