@@ -38,7 +38,7 @@ from qlora.pretrain import BaseOptions, cached_base
 from qlora.train import TrainOptions, train
 
 CPU = torch.device("cpu")
-SEQ_LEN, BATCH_SIZE, RANK, ALPHA, DROPOUT = 256, 8, 16, 32.0, 0.05
+SEQ_LEN, BATCH_SIZE, RANK, ALPHA, DROPOUT, LR = 256, 8, 16, 32.0, 0.05, 2e-3
 PROMPT = 'The "for" statement is used to'
 
 
@@ -47,7 +47,7 @@ def run(output: Path, bits: int = 4, steps: int = 180, base: BaseOptions | None 
     check_choice("--bits", bits, (4, 8))
     check_range("--steps", steps, 1)
     start = time.perf_counter()
-    files = _write_corpus(output / "data", seed)
+    files = write_corpus(output / "data", seed)
     directory = cached_base(output, base or BaseOptions())
     tokenizer = load_tokenizer(directory)
     held_out = make_blocks(read_documents(files[1:]), tokenizer, SEQ_LEN)
@@ -76,7 +76,7 @@ def run(output: Path, bits: int = 4, steps: int = 180, base: BaseOptions | None 
             rank=RANK,
             alpha=ALPHA,
             dropout=DROPOUT,
-            lr=2e-3,
+            lr=LR,
             max_steps=steps,
             batch_size=BATCH_SIZE,
             seq_len=SEQ_LEN,
@@ -91,7 +91,7 @@ def run(output: Path, bits: int = 4, steps: int = 180, base: BaseOptions | None 
     model = load_adapter(load_base(directory, quantization, CPU, dtype, progress=False)[0], adapter)
     result["perplexity_reloaded"] = math.exp(mean_loss(model, held_out))
     result["sample_after"] = generate(model, tokenizer, PROMPT, sampling)
-    result["tokens_per_second"], result["tokens_per_second_bitsandbytes"] = _compare_steps(
+    result["tokens_per_second"], result["tokens_per_second_bitsandbytes"] = compare_steps(
         directory, quantization, dtype
     )
     result["seconds"] = time.perf_counter() - start
@@ -128,7 +128,7 @@ def table(result: dict) -> str:
     )
 
 
-def _write_corpus(directory: Path, seed: int) -> tuple[Path, Path]:
+def write_corpus(directory: Path, seed: int) -> tuple[Path, Path]:
     """The documentation as two text files, topics apart."""
     files = (directory / "train.txt", directory / "held_out.txt")
     for file, texts in zip(files, corpus.documentation(seed=seed), strict=True):
@@ -154,7 +154,7 @@ def _bitsandbytes_model(directory: Path, quantization: Quantization, dtype: torc
     return get_peft_model(model, lora)
 
 
-def _compare_steps(
+def compare_steps(
     directory: Path, quantization: Quantization, dtype: torch.dtype, rounds: int = 9
 ) -> tuple[float, float | None]:
     """Median tokens/s of a training step, ours and bitsandbytes', steps taken in turn; None if absent."""
@@ -169,11 +169,15 @@ def _compare_steps(
     for _ in range(rounds + 2):
         for model, optimizer, spent in zip(contestants, optimizers, times, strict=True):
             model.train()
+            optimizer.zero_grad(set_to_none=False)
             start = time.perf_counter()
             model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
             spent.append(time.perf_counter() - start)
-            optimizer.zero_grad(set_to_none=False)
+    for model in contestants:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not 0 < parameter.grad.norm() < math.inf:
+                raise RuntimeError(f"the timed step gives {name} no gradient")
     rates = [ids.numel() / statistics.median(spent[2:]) for spent in times]
     return rates[0], rates[1] if len(rates) > 1 else None
 
