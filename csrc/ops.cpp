@@ -139,8 +139,7 @@ Tensor dequantize_4bit_op(const Tensor& packed, const Tensor& absmax, OptionalTe
                           int64_t block_size, Sizes shape, ScalarType type) {
   const DType dtype = dtype_of(type, "dequantize_4bit");
   const int64_t n = product(shape);
-  const Weight w(packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size, n,
-                 "dequantize_4bit");
+  const Weight w(packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size, n, "dequantize_4bit");
   Tensor out = empty(packed, shape, type);
   dequantize_4bit(w.view, n, dtype, out.mutable_data_ptr());
   return out;
@@ -156,8 +155,8 @@ OptionalTensor bias_for(const OptionalTensor& bias, const Tensor& x, int64_t n, 
 const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
 Tensor linear_4bit_op(const Tensor& x_, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
-                      OptionalTensor nested_codebook, OptionalTensor offset, std::string quant_type,
-                      int64_t block_size, int64_t out_features, OptionalTensor bias_) {
+                      OptionalTensor nested_codebook, OptionalTensor offset, std::string quant_type, int64_t block_size,
+                      int64_t out_features, OptionalTensor bias_) {
   const DType dtype = dtype_of(x_, "linear_4bit");
   Tensor y = empty(x_, with_last(x_, out_features), x_.scalar_type());
   const int64_t m = rows_of(x_), k = x_.size(x_.dim() - 1);
@@ -189,9 +188,8 @@ Tensor embedding_4bit_op(const Tensor& indices_, const Tensor& packed, const Ten
   const DType dtype = dtype_of(type, "embedding_4bit");
   const Weight w(packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size,
                  num_embeddings * embedding_dim, "embedding_4bit");
-  const Tensor indices = dense(indices_.scalar_type() == ScalarType::Long
-                                        ? indices_
-                                        : torch::stable::to(indices_, ScalarType::Long));
+  const Tensor indices =
+      dense(indices_.scalar_type() == ScalarType::Long ? indices_ : torch::stable::to(indices_, ScalarType::Long));
   const int64_t* index = indices.const_data_ptr<int64_t>();
   const int64_t count = indices.numel();
   for (int64_t i = 0; i < count; ++i)
@@ -229,8 +227,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_int8_op(const Tensor& x_, std::optio
     return {values, absmax, outliers};
   }
   STD_TORCH_CHECK(!block_size || *block_size > 0, "quantize_int8: block_size must be positive");
-  Tensor absmax = torch::stable::new_zeros(
-      x, block_size ? Sizes{(n + *block_size - 1) / *block_size} : Sizes{}, ScalarType::Float);
+  Tensor absmax =
+      torch::stable::new_zeros(x, block_size ? Sizes{(n + *block_size - 1) / *block_size} : Sizes{}, ScalarType::Float);
   quantize_int8_blocks(dtype, x.const_data_ptr(), n, block_size ? *block_size : std::max<int64_t>(n, 1), q,
                        absmax.mutable_data_ptr<float>());
   return {values, absmax, outliers};
@@ -244,8 +242,7 @@ Tensor dequantize_int8_op(const Tensor& values_, const Tensor& absmax_, std::opt
   STD_TORCH_CHECK(!dim || by_row || (*dim == 0 && values_.dim() == 2), "dequantize_int8: dim must be -1, 0 or None");
   STD_TORCH_CHECK(!block_size || *block_size > 0, "dequantize_int8: block_size must be positive");
   const bool by_column = dim && !by_row;
-  const int64_t period = std::max<int64_t>(
-      1, dim ? values_.size(values_.dim() - 1) : block_size ? *block_size : n);
+  const int64_t period = std::max<int64_t>(1, dim ? values_.size(values_.dim() - 1) : block_size ? *block_size : n);
   const Tensor values = input(values_, ScalarType::Char, 0, "dequantize_int8", "values");
   const Tensor absmax = input(absmax_, ScalarType::Float, by_column ? (n ? period : 0) : (n + period - 1) / period,
                               "dequantize_int8", "absmax");
@@ -261,15 +258,15 @@ Tensor linear_int8_op(const Tensor& x_, const Tensor& values_, const Tensor& abs
   STD_TORCH_CHECK(values_.dim() == 2, "linear_int8: values must be [out_features, in_features]");
   const int64_t n = values_.size(0), k = values_.size(1);
   Tensor y = empty(x_, with_last(x_, n), x_.scalar_type());
-  STD_TORCH_CHECK(x_.size(x_.dim() - 1) == k, "linear_int8: x has ", x_.size(x_.dim() - 1),
-                  " features, values has ", k);
+  STD_TORCH_CHECK(x_.size(x_.dim() - 1) == k, "linear_int8: x has ", x_.size(x_.dim() - 1), " features, values has ",
+                  k);
   STD_TORCH_CHECK(k <= kMaxInt8K, "linear_int8: in_features is ", k, "; int32 sums are exact up to ", kMaxInt8K);
   const Tensor values = input(values_, ScalarType::Char, 0, "linear_int8", "values");
   const Tensor absmax = input(absmax_, ScalarType::Float, n, "linear_int8", "absmax");
   const OptionalTensor bias = bias_for(bias_, x_, n, "linear_int8");
   const Tensor x = dense(x_);
   linear_int8({dtype, x.const_data_ptr(), values.const_data_ptr<int8_t>(), absmax.const_data_ptr<float>(),
-              data_or_null(bias), float(threshold), rows_of(x), n, k, y.mutable_data_ptr()});
+               data_or_null(bias), float(threshold), rows_of(x), n, k, y.mutable_data_ptr()});
   return y;
 }
 
@@ -344,8 +341,8 @@ PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS, "Name of the instruction set in force."},
     {"set_cpu_isa", set_cpu_isa, METH_O, "Choose one of cpu_isas() for every op of this process."},
     {nullptr, nullptr, 0, nullptr}};
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "CPU kernels of quantlib.", -1, methods,
-                      nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", "CPU kernels of quantlib.", -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 }  // namespace quantlib

@@ -31,8 +31,8 @@ void parallel(int64_t n, int64_t grain, void (*f)(const void* context, int64_t b
 template <class F>
 void parallel_for(int64_t n, int64_t grain, const F& f) {
   parallel(
-      n, grain,
-      [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); }, &f);
+      n, grain, [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); },
+      &f);
 }
 
 // Asks for huge pages under a buffer about to be written: 8192 page faults for the 32 MiB of a decoded 4096 x 4096
@@ -77,8 +77,8 @@ struct Weight4bit {
 };
 
 // All arrays are contiguous; every size may be zero.
-void quantize_4bit(DType dtype, const void* x, int64_t n, int block_shift, const Codebook& codebook,
-                   uint8_t* packed, float* absmax);
+void quantize_4bit(DType dtype, const void* x, int64_t n, int block_shift, const Codebook& codebook, uint8_t* packed,
+                   float* absmax);
 void dequantize_4bit(const Weight4bit& w, int64_t n, DType dtype, void* out);
 // out[i] = row indices[i] of the weight, which has `dim` columns.
 void embedding_4bit(const Weight4bit& w, const int64_t* indices, int64_t count, int64_t dim, DType dtype, void* out);

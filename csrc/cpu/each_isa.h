@@ -36,7 +36,7 @@
 #undef QUANTLIB_LEVEL
 #ifdef __clang__
 #pragma clang attribute pop
-#pragma clang attribute push( \
+#pragma clang attribute push(                                                                                     \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx512vbmi"))), \
     apply_to = function)
 #else

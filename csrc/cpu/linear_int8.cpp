@@ -81,8 +81,8 @@ static float absmax_below(const T* x, int64_t n, float threshold, uint8_t* outli
 }
 
 template <class T>
-static void quantize_rows(const void* source, int64_t rows, int64_t k, float threshold, int8_t* values,
-                          float* absmaxes, uint8_t* outliers) {
+static void quantize_rows(const void* source, int64_t rows, int64_t k, float threshold, int8_t* values, float* absmaxes,
+                          uint8_t* outliers) {
   const T* x = static_cast<const T*>(source);
   const int64_t grain = (1 << 14) / (k + 1) + 1;
   parallel_for(rows, grain, [&](int64_t first, int64_t last) {
@@ -135,8 +135,7 @@ static void quantize_flat(const void* source, int64_t n, int64_t block_size, int
   });
 }
 
-void quantize_int8_blocks(DType dtype, const void* x, int64_t n, int64_t block_size, int8_t* values,
-                          float* absmaxes) {
+void quantize_int8_blocks(DType dtype, const void* x, int64_t n, int64_t block_size, int8_t* values, float* absmaxes) {
   QUANTLIB_BY_DTYPE(dtype, quantize_flat, x, n, block_size, values, absmaxes);
 }
 
@@ -250,7 +249,8 @@ static void multiply_int8(const LinearInt8& a, const Activations& x, int64_t fir
       for (int64_t r = 0; r < rows; r += kTileN) {
         const int64_t columns = rows - r < kTileN ? rows - r : kTileN;
         dot_rows_int8(x.q + m * a.k, w + r * a.k, a.k, count, columns, acc[0] + r, kPanel);
-        if (x.ldo) dot_rows(x.outliers + m * x.ldo, x.ldo, panel + r * x.ldo, x.ldo, x.ldo, count, extra[0] + r, kPanel);
+        if (x.ldo)
+          dot_rows(x.outliers + m * x.ldo, x.ldo, panel + r * x.ldo, x.ldo, x.ldo, count, extra[0] + r, kPanel);
       }
       for (int64_t i = 0; i < count; ++i) {
         const float x_absmax = x.absmax[m + i];
@@ -266,8 +266,8 @@ static void multiply_int8(const LinearInt8& a, const Activations& x, int64_t fir
 }
 
 template <class T>
-static void gather_columns(const void* source, int64_t m, int64_t k, const int64_t* columns, int64_t count,
-                           int64_t ldo, float* out) {
+static void gather_columns(const void* source, int64_t m, int64_t k, const int64_t* columns, int64_t count, int64_t ldo,
+                           float* out) {
   const T* x = static_cast<const T*>(source);
   for (int64_t r = 0; r < m; ++r) {
     for (int64_t c = 0; c < count; ++c) out[r * ldo + c] = widen(x[r * k + columns[c]]);

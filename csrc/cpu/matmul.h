@@ -155,7 +155,8 @@ SIMD_INLINE void interleave(const bf16* a, const bf16* b, bf16* panel) {
   const __m512i low = _mm512_loadu_si512(a), high = _mm512_loadu_si512(b);
   // Lane i of an index vector takes from low (i even) or high (i odd: 32 and up).
   const __m512i lanes = _mm512_cvtepu8_epi32(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-  const __m512i first = _mm512_add_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(0x10001)), _mm512_set1_epi32(32 << 16));
+  const __m512i first =
+      _mm512_add_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(0x10001)), _mm512_set1_epi32(32 << 16));
   const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
   _mm512_storeu_si512(panel, _mm512_permutex2var_epi16(low, first, high));
   _mm512_storeu_si512(panel + 32, _mm512_permutex2var_epi16(low, second, high));

@@ -5,8 +5,8 @@
 
 namespace quantlib {
 
-void quantize_4bit(DType dtype, const void* x, int64_t n, int block_shift, const Codebook& codebook,
-                   uint8_t* packed, float* absmax) {
+void quantize_4bit(DType dtype, const void* x, int64_t n, int block_shift, const Codebook& codebook, uint8_t* packed,
+                   float* absmax) {
   QUANTLIB_DISPATCH(quantize_4bit)(dtype, x, n, block_shift, codebook, packed, absmax);
 }
 
@@ -89,8 +89,8 @@ SIMD_INLINE void pack(const uint8_t* ranks, int64_t n, const Codebook& codebook,
 // Full blocks multiply by the reciprocal, the trailing partial block divides: bitsandbytes' arithmetic.
 // Scaled values beyond [-1, 1] need no clamping, the outermost thresholds lie within.
 template <class T>
-static void quantize_blocks(const void* source, int64_t n, int block_shift, const Codebook& codebook,
-                            uint8_t* packed, float* absmaxes, int64_t first, int64_t last) {
+static void quantize_blocks(const void* source, int64_t n, int block_shift, const Codebook& codebook, uint8_t* packed,
+                            float* absmaxes, int64_t first, int64_t last) {
   const int64_t block_size = int64_t(1) << block_shift;
   const Ranker rank(codebook);
   for (int64_t block = first; block < last; ++block) {
@@ -120,8 +120,8 @@ static void quantize_blocks(const void* source, int64_t n, int block_shift, cons
   }
 }
 
-void quantize_4bit(DType dtype, const void* x, int64_t n, int block_shift, const Codebook& codebook,
-                   uint8_t* packed, float* absmaxes) {
+void quantize_4bit(DType dtype, const void* x, int64_t n, int block_shift, const Codebook& codebook, uint8_t* packed,
+                   float* absmaxes) {
   const int64_t blocks = (n + (int64_t(1) << block_shift) - 1) >> block_shift;
   parallel_for(blocks, (int64_t(1) << 14) >> block_shift, [&](int64_t first, int64_t last) {
     QUANTLIB_BY_DTYPE(dtype, quantize_blocks, x, n, block_shift, codebook, packed, absmaxes, first, last);

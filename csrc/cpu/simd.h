@@ -187,9 +187,9 @@ static void convert(const A* in, int64_t n, B* out) {
 }
 
 // Calls f<T>(arguments) for the C++ type of a DType; f is a function template.
-#define QUANTLIB_BY_DTYPE(dtype, f, ...)                 \
-  switch (dtype) {                                       \
-    case DType::f32: f<float>(__VA_ARGS__); break;       \
-    case DType::f16: f<f16>(__VA_ARGS__); break;         \
-    case DType::bf16: f<bf16>(__VA_ARGS__); break;       \
+#define QUANTLIB_BY_DTYPE(dtype, f, ...)           \
+  switch (dtype) {                                 \
+    case DType::f32: f<float>(__VA_ARGS__); break; \
+    case DType::f16: f<f16>(__VA_ARGS__); break;   \
+    case DType::bf16: f<bf16>(__VA_ARGS__); break; \
   }

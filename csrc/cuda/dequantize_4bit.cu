@@ -101,12 +101,9 @@ cudaError_t launch(const Weight4bit& weight, void* out, cudaStream_t stream) {
 
 cudaError_t dequantize_4bit(const Weight4bit& weight, Float dtype, void* out, cudaStream_t stream) {
   switch (dtype) {
-    case Float::kFloat32:
-      return launch<float>(weight, out, stream);
-    case Float::kFloat16:
-      return launch<__half>(weight, out, stream);
-    case Float::kBFloat16:
-      return launch<__nv_bfloat16>(weight, out, stream);
+    case Float::kFloat32: return launch<float>(weight, out, stream);
+    case Float::kFloat16: return launch<__half>(weight, out, stream);
+    case Float::kBFloat16: return launch<__nv_bfloat16>(weight, out, stream);
   }
   return cudaErrorInvalidValue;
 }

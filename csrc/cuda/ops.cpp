@@ -33,14 +33,10 @@ void check_launch(const char* op, cudaError_t error) {
 
 Float float_of(const char* op, ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float:
-      return Float::kFloat32;
-    case ScalarType::Half:
-      return Float::kFloat16;
-    case ScalarType::BFloat16:
-      return Float::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "quantlib.", op, ": dtype must be float32, float16 or bfloat16");
+    case ScalarType::Float: return Float::kFloat32;
+    case ScalarType::Half: return Float::kFloat16;
+    case ScalarType::BFloat16: return Float::kBFloat16;
+    default: STD_TORCH_CHECK(false, "quantlib.", op, ": dtype must be float32, float16 or bfloat16");
   }
 }
 
