@@ -1,0 +1,204 @@
+"""The C++ kernels of 4-bit weights against the reference, on every instruction set of this CPU."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from .native import (
+    assert_error_within,
+    assert_same,
+    block_sizes,
+    dtypes,
+    every_dtype,
+    every_isa,
+    nested,
+    quant_types,
+    tensors,
+    weight_4bit,
+)
+from quantlib import reference, use_backend
+
+ops = torch.ops.quantlib
+
+
+@every_isa
+@given(x=tensors(), quant_type=quant_types, block_size=block_sizes)
+def test_quantize_is_bit_exact(isa, x, quant_type, block_size):
+    with use_backend(isa):
+        actual = ops.quantize_4bit(x, quant_type, block_size)
+    for a, e in zip(actual, reference.quantize_4bit(x, quant_type, block_size), strict=True):
+        assert_same(a, e)
+
+
+@every_isa
+@every_dtype
+def test_quantize_at_thresholds(isa, dtype):
+    """Every float16 number from -1 to 1, the block's absmax being 1."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    x = bits.view(torch.float16)
+    x = x[x.abs() <= 1].to(dtype)
+    x = torch.nn.functional.pad(x, (0, -x.numel() % 31)).view(-1, 31)
+    x = torch.cat((x, torch.ones(x.shape[0], 1, dtype=dtype)), 1)
+    for quant_type in ("nf4", "fp4"):
+        with use_backend(isa):
+            packed, _ = ops.quantize_4bit(x, quant_type, 32)
+        assert_same(packed, reference.quantize_4bit(x, quant_type, 32)[0])
+
+
+@every_isa
+@given(x=tensors(), quant_type=quant_types, block_size=block_sizes, dtype=dtypes, double_quant=st.booleans())
+def test_dequantize_is_bit_exact(isa, x, quant_type, block_size, dtype, double_quant):
+    packed, absmax = reference.quantize_4bit(x, quant_type, block_size)
+    scales = nested(absmax) if double_quant else (absmax, None, None, None)
+    args = (packed, *scales, quant_type, block_size, x.shape, dtype)
+    with use_backend(isa):
+        actual = ops.dequantize_4bit(*args)
+    assert_same(actual, reference.dequantize_4bit(*args))
+
+
+@every_isa
+@every_dtype
+def test_dequantize_every_code_at_every_scale(isa, dtype):
+    """Scales over the whole range of float32, so that results are subnormal, overflow or are not finite."""
+    exponents = torch.arange(-149, 128, dtype=torch.float64)
+    absmax = torch.cat((2**exponents * 1.7, torch.tensor([0.0, float("inf"), float("nan"), -0.3]))).float()
+    packed = torch.arange(256, dtype=torch.uint8).repeat(absmax.numel(), 1).view(-1, 1)
+    args = (packed, absmax, None, None, None, "nf4", 512, (absmax.numel(), 512), dtype)
+    with use_backend(isa):
+        assert_same(ops.dequantize_4bit(*args), reference.dequantize_4bit(*args))
+
+
+@every_isa
+@given(
+    rows=st.integers(1, 40),
+    dim=st.integers(1, 130),
+    count=st.integers(0, 9),
+    block_size=block_sizes,
+    dtype=dtypes,
+    double_quant=st.booleans(),
+    data=st.data(),
+)
+def test_embedding_is_bit_exact(isa, rows, dim, count, block_size, dtype, double_quant, data):
+    weight = weight_4bit(rows, dim, block_size, double_quant=double_quant)
+    picks = data.draw(st.lists(st.integers(0, rows - 1), min_size=count, max_size=count))
+    index_dtype = data.draw(st.sampled_from((torch.int64, torch.int32)))
+    args = (torch.tensor(picks, dtype=index_dtype), *weight, rows, dim, dtype)
+    with use_backend(isa):
+        assert_same(ops.embedding_4bit(*args), reference.embedding_4bit(*args))
+
+
+def test_embedding_refuses_an_index_outside():
+    for index in (-1, 3):
+        with pytest.raises(RuntimeError, match="outside"):
+            ops.embedding_4bit(torch.tensor([index]), *weight_4bit(3, 64), 3, 64, torch.float32)
+
+
+SHAPES = (
+    # m, n, k, block size: streaming and its edges, panels, odd sizes, blocks across rows and longer than rows
+    (1, 256, 512, 64),
+    (3, 64, 1024, 128),
+    (6, 128, 64, 256),
+    (17, 68, 640, 64),
+    (2, 30, 96, 64),
+    (7, 129, 333, 64),
+    (20, 96, 100, 32),
+    (130, 64, 704, 64),
+    (33, 47, 4099, 4096),
+    (1200, 40, 72, 64),
+)
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("m, n, k, block_size", SHAPES)
+@pytest.mark.parametrize("quant_type, double_quant", [("nf4", False), ("fp4", True)])
+def test_linear_and_gradient_within_error_budget(isa, dtype, m, n, k, block_size, quant_type, double_quant):
+    weight = weight_4bit(n, k, block_size, quant_type, double_quant)
+    x, dy, bias = (torch.randn(shape).to(dtype) for shape in ((m, k), (m, n), (n,)))
+    with use_backend(isa):
+        y = ops.linear_4bit(x, *weight, n, bias)
+        no_bias = ops.linear_4bit(x, *weight, n, None)
+        dx = ops.linear_4bit_dx(dy, *weight, k)
+    exact = reference.linear_4bit(x.double(), *weight, n, bias.double())
+    assert_error_within(y, reference.linear_4bit(x, *weight, n, bias), exact)
+    exact = reference.linear_4bit(x.double(), *weight, n, None)
+    assert_error_within(no_bias, reference.linear_4bit(x, *weight, n, None), exact)
+    exact = reference.linear_4bit_dx(dy.double(), *weight, k)
+    assert_error_within(dx, reference.linear_4bit_dx(dy, *weight, k), exact, factor=1.5)
+
+
+@every_isa
+@given(x=tensors(special=False), n=st.integers(0, 50), block_size=block_sizes, double_quant=st.booleans())
+def test_linear_any_shape_and_stride(isa, x, n, block_size, double_quant):
+    k = x.shape[-1]
+    weight = weight_4bit(n, k, block_size, double_quant=double_quant)
+    exact = reference.linear_4bit(x.double(), *weight, n, None)
+    dx_exact = reference.linear_4bit_dx(exact, *weight, k)
+    with use_backend(isa):
+        y = ops.linear_4bit(x, *weight, n, None)
+        dx = ops.linear_4bit_dx(exact.to(x.dtype), *weight, k)
+    for actual, expected in ((y, exact), (dx, dx_exact)):
+        assert actual.shape == expected.shape and actual.dtype == x.dtype
+        scale = expected.abs().max().item() if expected.numel() else 0.0
+        tolerance = 16 * torch.finfo(x.dtype).eps * scale
+        if x.dtype == torch.float16:  # float16 has no more than 2^-24 to offer
+            tolerance += 2.0**-24 * (1 + k + n)
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance)
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("m", [1, 5, 40])
+def test_linear_keeps_nan_and_inf(isa, dtype, m):
+    n, k = 68, 192
+    packed, absmax, *rest = weight_4bit(n, k)
+    absmax = absmax.clone()
+    absmax[5], absmax[30] = float("nan"), float("inf")
+    x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
+    x[0, 3], x[m - 1, 100] = float("nan"), float("inf")
+    dy[0, 7] = float("nan")
+    with use_backend(isa):
+        y = ops.linear_4bit(x, packed, absmax, *rest, n, None)
+        dx = ops.linear_4bit_dx(dy, packed, absmax, *rest, k)
+    for actual, exact in (
+        (y, reference.linear_4bit(x.double(), packed, absmax, *rest, n, None)),
+        (dx, reference.linear_4bit_dx(dy.double(), packed, absmax, *rest, k)),
+    ):
+        assert torch.equal(actual.isnan(), exact.isnan())
+        assert torch.equal(actual.isinf(), exact.isinf())
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("m", [1, 16, 50])
+def test_linear_is_reproducible_for_any_number_of_threads(isa, dtype, m):
+    n, k = 260, 512
+    weight = weight_4bit(n, k)
+    x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            with use_backend(isa):
+                results.append((ops.linear_4bit(x, *weight, n, None), ops.linear_4bit_dx(dy, *weight, k)))
+    finally:
+        torch.set_num_threads(threads)
+    for y, dx in results[1:]:
+        assert_same(y, results[0][0])
+        assert_same(dx, results[0][1])
+
+
+def test_ops_refuse_what_would_read_beyond_a_tensor():
+    packed, absmax, *rest = weight_4bit(8, 64)
+    x = torch.randn(2, 64)
+    with pytest.raises(RuntimeError, match="packed has 128 elements"):
+        ops.linear_4bit(x, packed[:128], absmax, *rest, 8, None)
+    with pytest.raises(RuntimeError, match="absmax has 4 elements"):
+        ops.dequantize_4bit(packed, absmax[:4], *rest, (8, 64), torch.float32)
+    with pytest.raises(RuntimeError, match="bias has 7 elements"):
+        ops.linear_4bit(x, packed, absmax, *rest, 8, torch.zeros(7))
+    with pytest.raises(RuntimeError, match="float32, float16 or bfloat16"):
+        ops.linear_4bit_dx(x.double()[:, :8], packed, absmax, *rest, 64)
+    with pytest.raises(RuntimeError, match="power of two"):
+        ops.quantize_4bit(x, "nf4", 48)

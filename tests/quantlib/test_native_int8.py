@@ -1,0 +1,159 @@
+"""The C++ kernels of absmax int8 against the reference, on every instruction set of this CPU."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from .native import assert_error_within, assert_same, dtypes, every_dtype, every_isa, tensors
+from quantlib import reference, use_backend
+
+ops = torch.ops.quantlib
+
+THRESHOLDS = st.sampled_from((0.0, 0.5, 6.0))
+
+
+def int8_weight(n, k):
+    values, absmax, _ = reference.quantize_int8(torch.randn(n, k) * 0.05, -1, None, 0.0)
+    return values, absmax
+
+
+@every_isa
+@given(x=tensors(), threshold=THRESHOLDS, block_size=st.integers(1, 5000), dtype=dtypes)
+def test_quantize_and_dequantize_are_bit_exact(isa, x, threshold, block_size, dtype):
+    kinds = [(-1, None, threshold), (None, None, 0.0), (None, block_size, 0.0)]
+    if x.ndim == 2:
+        kinds.append((0, None, 0.0))
+    for kind in kinds:
+        with use_backend(isa):
+            actual = ops.quantize_int8(x, *kind)
+            decoded = ops.dequantize_int8(actual[0], actual[1], *kind[:2], dtype)
+        expected = reference.quantize_int8(x, *kind)
+        for a, e in zip(actual, expected, strict=True):
+            assert_same(a, e)
+        assert_same(decoded, reference.dequantize_int8(*expected[:2], *kind[:2], dtype))
+
+
+@every_isa
+def test_quantize_large_tensor_and_blocks_across_threads(isa):
+    x = torch.randn(300, 1111)
+    x[299, 1110] = -50
+    for kind in ((0, None, 0.0), (None, None, 0.0), (None, 100_000, 0.0), (None, 64, 0.0), (-1, None, 4.0)):
+        with use_backend(isa):
+            actual = ops.quantize_int8(x, *kind)
+        for a, e in zip(actual, reference.quantize_int8(x, *kind), strict=True):
+            assert_same(a, e)
+
+
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("m, n, k", [(1, 64, 512), (3, 30, 333), (20, 96, 100), (130, 70, 704), (5, 8, 40000)])
+@pytest.mark.parametrize("threshold", [0.0, 3.0])
+def test_linear_equals_the_exact_result(isa, dtype, m, n, k, threshold):
+    """One rounding from the exact value, up to the few float32 operations before it."""
+    values, absmax = int8_weight(n, k)
+    x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+    x[0, 3], x[m - 1, k - 1] = 20, -9
+    with use_backend(isa):
+        y = ops.linear_int8(x, values, absmax, bias, threshold)
+    # the integers depend on float32 scales, so they are taken from the reference in x's dtype
+    q, x_absmax, outliers = reference.quantize_int8(x, -1, None, threshold)
+    exact = (q.double() @ values.double().t()) * (x_absmax.double()[:, None] * absmax.double()) / 127**2
+    if threshold:
+        w = values.double() * absmax.double()[:, None] / 127
+        exact += x.double()[:, outliers] @ w[:, outliers].t()
+    exact += bias.double()
+    scale = exact.abs().max().item()
+    tolerance = torch.finfo(dtype).eps / 2 + 2e-6
+    torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=2e-6 * scale)
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("m, n, k", [(1, 64, 512), (7, 129, 333), (130, 64, 300)])
+def test_gradient_within_error_budget(isa, dtype, m, n, k):
+    values, absmax = int8_weight(n, k)
+    dy = torch.randn(m, n).to(dtype)
+    with use_backend(isa):
+        dx = ops.linear_int8_dx(dy, values, absmax)
+    exact = reference.linear_int8_dx(dy.double(), values, absmax)
+    assert_error_within(dx, reference.linear_int8_dx(dy, values, absmax), exact, factor=1.5)
+
+
+@every_isa
+@given(x=tensors(special=False), n=st.integers(0, 30), threshold=THRESHOLDS)
+def test_linear_any_shape_and_stride(isa, x, n, threshold):
+    values, absmax = int8_weight(n, x.shape[-1])
+    bias = torch.randn(n)
+    with use_backend(isa):
+        y = ops.linear_int8(x, values, absmax, bias, threshold)
+        dx = ops.linear_int8_dx(y, values, absmax)
+    expected = reference.linear_int8(x, values, absmax, bias, threshold)
+    assert dx.shape == x.shape and dx.dtype == x.dtype
+    scale = expected.abs().max().item() if expected.numel() else 0.0
+    tolerance = 2 * torch.finfo(x.dtype).eps
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance * scale)
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("m", [1, 9])
+def test_linear_keeps_nan_and_inf(isa, dtype, threshold, m):
+    values, absmax = int8_weight(40, 130)
+    absmax = absmax.clone()
+    absmax[3], absmax[4] = float("nan"), float("inf")
+    x = torch.randn(m, 130).to(dtype)
+    x[0, 5], x[m - 1, 77] = float("nan"), float("inf")
+    dy = torch.randn(m, 40).to(dtype)
+    dy[0, 1] = float("nan")
+    with use_backend(isa):
+        y = ops.linear_int8(x, values, absmax, None, threshold)
+        dx = ops.linear_int8_dx(dy, values, absmax)
+    for actual, expected in (
+        (y, reference.linear_int8(x, values, absmax, None, threshold)),
+        (dx, reference.linear_int8_dx(dy.double(), values, absmax)),
+    ):
+        assert torch.equal(actual.isnan(), expected.isnan())
+        assert torch.equal(actual.isinf(), expected.isinf())
+
+
+@every_isa
+def test_extreme_products_do_not_saturate(isa):
+    """All products 127 * 127 or its negative: what instructions with saturating sums get wrong."""
+    for sign in (1, -1):
+        x = torch.ones(2, 1030)
+        values = torch.full((6, 1030), 127 * sign, dtype=torch.int8)
+        with use_backend(isa):
+            y = ops.linear_int8(x, values, torch.ones(6), None, 0.0)
+        torch.testing.assert_close(y, torch.full((2, 6), 1030.0 * sign))
+
+
+@every_isa
+def test_linear_is_reproducible_for_any_number_of_threads(isa):
+    values, absmax = int8_weight(200, 512)
+    x = torch.randn(30, 512) * 3
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            with use_backend(isa):
+                results.append(ops.linear_int8(x, values, absmax, None, 6.0))
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
+
+
+def test_ops_refuse_what_would_read_beyond_a_tensor():
+    values, absmax = int8_weight(8, 64)
+    with pytest.raises(RuntimeError, match="x has 63 features"):
+        ops.linear_int8(torch.randn(2, 63), values, absmax, None, 0.0)
+    with pytest.raises(RuntimeError, match="absmax has 7 elements"):
+        ops.linear_int8(torch.randn(2, 64), values, absmax[:7], None, 0.0)
+    with pytest.raises(RuntimeError, match="exact up to 133152"):
+        ops.linear_int8(torch.zeros(1, 133153), torch.zeros(1, 133153, dtype=torch.int8), absmax[:1], None, 0.0)
+    with pytest.raises(RuntimeError, match="dim must be"):
+        ops.quantize_int8(torch.randn(2, 3, 4), 0, None, 0.0)
