@@ -1,6 +1,7 @@
 """The `qlora` command: `qlora train`, `qlora eval`, `qlora generate`.
 
-Exit codes: 0; 2 for anything the user can put right, told in one line on stderr; 130 when interrupted.
+Exit codes: 0; 2 for anything the user can put right, told in one line on stderr (a full disk, too); 130 when
+interrupted.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from qlora.errors import InputError
+from qlora.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from qlora.model import Quantization
@@ -173,6 +174,9 @@ def one_line_errors(work: Callable[[], object]) -> int:
         work()
     except InputError as error:
         print(f"qlora: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"qlora: error: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("qlora: interrupted; a training goes on with --resume", file=sys.stderr)

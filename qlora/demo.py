@@ -62,6 +62,9 @@ def run(output: Path, bits: int = 4, steps: int = 180, base: BaseOptions | None 
     model, report = load_base(directory, quantization, CPU, dtype)
     print(report)
     result["weight_bytes_quantized"] = weight_bytes(model)
+    linear = [row for row in report.rows if not row.reason]
+    result["linear_bytes_16bit"] = sum(row.bytes_before for row in linear)
+    result["linear_bytes_quantized"] = sum(row.bytes_after for row in linear)
     result["perplexity_quantized"] = math.exp(mean_loss(model, held_out))
     result["sample_before"] = generate(model, tokenizer, PROMPT, sampling)
 
@@ -108,19 +111,27 @@ def table(result: dict) -> str:
     bits, dtype = result["bits"], result["dtype"]
     base, quantized = result["perplexity_16bit"], result["perplexity_quantized"]
     trained, reloaded = result["perplexity_trained"], result["perplexity_reloaded"]
+    linear, linear_packed = result["linear_bytes_16bit"], result["linear_bytes_quantized"]
     full, packed = result["weight_bytes_16bit"], result["weight_bytes_quantized"]
     ours, theirs = result["tokens_per_second"], result["tokens_per_second_bitsandbytes"]
     same = "equal" if reloaded == trained else f"differs by {reloaded - trained:+.2e}"
+    beside = (
+        (f"{theirs:,.0f}", f"these layers are {ours / theirs:.2f}x as fast")
+        if theirs
+        else ("", "bitsandbytes not installed")
+    )
     rows = [
         ("held-out perplexity, base", dtype, f"{base:.2f}", ""),
         ("", f"{bits} bits", f"{quantized:.2f}", f"{100 * (quantized / base - 1):+.2f}%"),
         ("", f"{bits} bits, after QLoRA", f"{trained:.2f}", f"{100 * (trained / quantized - 1):+.1f}%"),
         ("", "adapter reloaded", f"{reloaded:.2f}", same),
         ("trainable parameters", f"LoRA rank {RANK}", f"{result['trainable_parameters']:,}", ""),
-        ("weight bytes, embeddings too", dtype, f"{full:,}", ""),
+        ("weight bytes, linear layers", dtype, f"{linear:,}", ""),
+        ("", f"{bits} bits", f"{linear_packed:,}", f"{100 * linear_packed / linear:.1f}%"),
+        ("weight bytes, whole model", dtype, f"{full:,}", ""),
         ("", f"{bits} bits", f"{packed:,}", f"{100 * packed / full:.1f}%"),
         ("QLoRA step, tokens/s", "these layers", f"{ours:,.0f}", ""),
-        ("", "PEFT + bitsandbytes", *((f"{theirs:,.0f}", "") if theirs else ("", "bitsandbytes not installed"))),
+        ("", "PEFT + bitsandbytes", *beside),
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n" + "\n".join(

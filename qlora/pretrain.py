@@ -90,7 +90,7 @@ def pretrain(texts: Sequence[str], directory: Path, options: BaseOptions, progre
     )
     order = torch.cat([torch.randperm(len(blocks)) for _ in range(math.ceil(o.steps * o.batch_size / len(blocks)))])
     dtype = choose_dtype("auto", torch.device("cpu"))
-    with tqdm(range(o.steps), desc="pretraining", unit="step", disable=not progress) as bar:
+    with tqdm(range(o.steps), desc="pretraining", unit="step", mininterval=0.5, disable=not progress) as bar:
         for step in bar:
             lr = o.lr * min((step + 1) / (0.05 * o.steps), 1 - step / o.steps)
             ids = blocks[order[step * o.batch_size : (step + 1) * o.batch_size]]
@@ -103,7 +103,7 @@ def pretrain(texts: Sequence[str], directory: Path, options: BaseOptions, progre
                     group["lr"] = lr
                 optimizer.step()
                 optimizer.zero_grad()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=directory.parent))
     try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ import peft
 import torch
 import transformers
 from datasets import Dataset
+from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import (
     PrinterCallback,
@@ -125,7 +127,7 @@ class _Watch(TrainerCallback):
     """One progress bar for the whole training, and a stop when the loss is no number."""
 
     def __init__(self, progress: bool):
-        self.bar = tqdm(desc="training", unit="step", disable=not progress)
+        self.bar = tqdm(desc="training", unit="step", mininterval=0.5, disable=not progress)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.reset(state.max_steps)
@@ -143,7 +145,7 @@ class _Watch(TrainerCallback):
             raise InputError(
                 f"the loss is {logs['loss']} at step {state.global_step}; use a lower --lr or --dtype float32"
             )
-        self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+        self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.close()
@@ -187,16 +189,22 @@ def train(options: TrainOptions, callbacks: tuple[TrainerCallback, ...] = ()) ->
     if options.overwrite:
         _clear(output)
     write_json(output / "checkpoints" / "run.json", identity)
+    began = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     trainer = _trainer(model, train_blocks, eval_blocks, options, device)
     for callback in callbacks:
         trainer.add_callback(callback)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if began is not None and began.global_step >= began.max_steps:
+        # Nothing is left to do but to write the result; the Trainer would do one step too many.
+        peft.set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+        trainer.state = began
+    else:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - start
 
     history = trainer.state.log_history
     steps = trainer.state.global_step
-    done = steps - (int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    tokens = (steps - (began.global_step if began else 0)) * options.batch_size * options.grad_accum * options.seq_len
     log: dict[str, Any] = {
         "options": asdict(options),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
@@ -214,7 +222,7 @@ def train(options: TrainOptions, callbacks: tuple[TrainerCallback, ...] = ()) ->
             {"step": entry["step"], "loss": entry["eval_loss"]} for entry in history if "eval_loss" in entry
         ],
         "seconds": seconds,
-        "tokens_per_second": done * options.batch_size * options.grad_accum * options.seq_len / seconds,
+        "tokens_per_second": tokens / seconds,
     }
     if eval_blocks is not None:
         loss = mean_loss(model, eval_blocks, options.batch_size, options.progress)
@@ -234,6 +242,9 @@ def train(options: TrainOptions, callbacks: tuple[TrainerCallback, ...] = ()) ->
 def _check_output(output: Path, options: TrainOptions) -> None:
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output} is a file; give a directory")
+    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"--output {output} cannot be written to; give another directory")
     if options.resume:
         if not (output / "checkpoints" / "run.json").is_file():
             raise InputError(f"--resume: {output} holds no training to resume; leave --resume out")

@@ -78,6 +78,16 @@ def test_no_adapter(base, tmp_path, capsys):
     assert "has no adapter_config.json" in run(capsys, *arguments)
 
 
+def test_full_disk(base, text, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qlora.train.write_json", full)
+    arguments = ["train", "--model", base, "--data", text, "--output", tmp_path / "out", "--seq-len", "32"]
+    assert main([str(argument) for argument in arguments]) == 2
+    assert capsys.readouterr().err.endswith("qlora: error: [Errno 28] No space left on device\n")
+
+
 def test_interrupted(monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt

@@ -59,6 +59,8 @@ def test_table_shows_a_difference():
         "perplexity_quantized": 101.0,
         "perplexity_trained": 50.5,
         "perplexity_reloaded": 50.75,
+        "linear_bytes_16bit": 800,
+        "linear_bytes_quantized": 210,
         "weight_bytes_16bit": 1000,
         "weight_bytes_quantized": 400,
         "trainable_parameters": 12345,
@@ -66,9 +68,7 @@ def test_table_shows_a_difference():
         "tokens_per_second_bitsandbytes": 1000.0,
     }
     lines = table(result).strip().splitlines()
-    for line, expected in zip(
-        lines,
-        ("100.00", "+1.00%", "-50.0%", "differs by +2.50e-01", "12,345", "1,000", "40.0%", "2,000", "1,000"),
-        strict=True,
-    ):
-        assert line.rstrip().endswith(expected)
+    perplexities = ("100.00", "+1.00%", "-50.0%", "differs by +2.50e-01")
+    sizes = ("12,345", "800", "26.2%", "1,000", "40.0%")
+    for line, expected in zip(lines, (*perplexities, *sizes, "2,000", "2.00x as fast"), strict=True):
+        assert line.endswith(expected)

@@ -97,6 +97,18 @@ def test_missing_directory(name):
         find_model(name)
 
 
+def test_hub_id(base, monkeypatch):
+    asked = []
+
+    def snapshot(name, allow_patterns):
+        asked.append((name, "*.bin" in allow_patterns, "*.safetensors" in allow_patterns))
+        return str(base)
+
+    monkeypatch.setattr("qlora.model.snapshot_download", snapshot)
+    assert find_model("owner/name") == find_model("name") == base
+    assert asked == [("owner/name", False, True), ("name", False, True)]
+
+
 def test_hub_id_without_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="nobody/nothing is no directory, and the hub did not give it"):

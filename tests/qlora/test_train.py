@@ -213,6 +213,15 @@ def test_output_that_is_a_file(base, text, tmp_path):
     file.write_text("")
     with pytest.raises(InputError, match="is a file"):
         train(options(base, text, file))
+    with pytest.raises(InputError, match="cannot be written to"):
+        train(options(base, text, file / "below"))
+
+
+def test_resuming_a_finished_training_changes_nothing(base, text, tmp_path):
+    first = train(options(base, text, tmp_path))
+    again = train(options(base, text, tmp_path, resume=True))
+    assert losses(again) == losses(first)
+    assert again["perplexity"] == first["perplexity"]
 
 
 def test_blocks_longer_than_the_model_takes(base, text, tmp_path):
