@@ -29,15 +29,21 @@ SIMD_INLINE F32 multiply_add(const bf16* x, F32 w, F32 acc) {
 }
 #endif
 
-// out[r * kColumns + c] = tile row r . panel column c. Sums are cut after kChain steps, or float32's rounding
-// would exceed that of the matmul to compare with; bfloat16's own rounding hides it.
+// Steps summed in registers before they are added to the total: about what minimises float32's rounding error, which
+// must not exceed that of the matmul to compare with. bfloat16's own rounding hides it.
+template <class E>
+SIMD_INLINE int64_t chain_length(int64_t steps) {
+  return kPer<E> > 1 ? 512 : steps <= 256 ? 16 : steps <= 1024 ? 32 : 128;
+}
+
+// out[r * kColumns + c] = tile row r . panel column c.
 template <int R, class E>
 static void tile_times_panel(const E* x, const E* panel, int64_t steps, float* out) {
-  constexpr int64_t kChain = kPer<E> == 1 ? 32 : 512;
+  const int64_t chain = chain_length<E>(steps);
   int64_t i = 0;
   do {
     const bool first = i == 0;
-    const int64_t stop = steps - i < kChain ? steps : i + kChain;
+    const int64_t stop = steps - i < chain ? steps : i + chain;
     F32 acc[R][kVectors] = {};
     for (; i < stop; ++i) {
       F32 w[kVectors];

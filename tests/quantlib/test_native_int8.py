@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 
-from .native import assert_error_within, assert_same, dtypes, every_dtype, every_isa, tensors
 from quantlib import reference, use_backend
+
+from .native import assert_error_within, assert_same, dtypes, every_dtype, every_isa, forall, tensors
 
 ops = torch.ops.quantlib
 
@@ -19,7 +19,7 @@ def int8_weight(n, k):
 
 
 @every_isa
-@given(x=tensors(), threshold=THRESHOLDS, block_size=st.integers(1, 5000), dtype=dtypes)
+@forall(x=tensors(), threshold=THRESHOLDS, block_size=st.integers(1, 5000), dtype=dtypes)
 def test_quantize_and_dequantize_are_bit_exact(isa, x, threshold, block_size, dtype):
     kinds = [(-1, None, threshold), (None, None, 0.0), (None, block_size, 0.0)]
     if x.ndim == 2:
@@ -43,8 +43,6 @@ def test_quantize_large_tensor_and_blocks_across_threads(isa):
             actual = ops.quantize_int8(x, *kind)
         for a, e in zip(actual, reference.quantize_int8(x, *kind), strict=True):
             assert_same(a, e)
-
-
 
 
 @every_isa
@@ -72,7 +70,7 @@ def test_linear_equals_the_exact_result(isa, dtype, m, n, k, threshold):
 
 @every_isa
 @every_dtype
-@pytest.mark.parametrize("m, n, k", [(1, 64, 512), (7, 129, 333), (130, 64, 300)])
+@pytest.mark.parametrize("m, n, k", [(1, 64, 2048), (7, 129, 333), (130, 64, 300)])
 def test_gradient_within_error_budget(isa, dtype, m, n, k):
     values, absmax = int8_weight(n, k)
     dy = torch.randn(m, n).to(dtype)
@@ -83,7 +81,7 @@ def test_gradient_within_error_budget(isa, dtype, m, n, k):
 
 
 @every_isa
-@given(x=tensors(special=False), n=st.integers(0, 30), threshold=THRESHOLDS)
+@forall(x=tensors(special=False), n=st.integers(0, 30), threshold=THRESHOLDS)
 def test_linear_any_shape_and_stride(isa, x, n, threshold):
     values, absmax = int8_weight(n, x.shape[-1])
     bias = torch.randn(n)
@@ -105,6 +103,7 @@ def test_linear_keeps_nan_and_inf(isa, dtype, threshold, m):
     values, absmax = int8_weight(40, 130)
     absmax = absmax.clone()
     absmax[3], absmax[4] = float("nan"), float("inf")
+    values[3:5] = 0  # as quantize_int8 leaves them
     x = torch.randn(m, 130).to(dtype)
     x[0, 5], x[m - 1, 77] = float("nan"), float("inf")
     dy = torch.randn(m, 40).to(dtype)
@@ -153,7 +152,7 @@ def test_ops_refuse_what_would_read_beyond_a_tensor():
         ops.linear_int8(torch.randn(2, 63), values, absmax, None, 0.0)
     with pytest.raises(RuntimeError, match="absmax has 7 elements"):
         ops.linear_int8(torch.randn(2, 64), values, absmax[:7], None, 0.0)
-    with pytest.raises(RuntimeError, match="exact up to 133152"):
-        ops.linear_int8(torch.zeros(1, 133153), torch.zeros(1, 133153, dtype=torch.int8), absmax[:1], None, 0.0)
+    with pytest.raises(RuntimeError, match="exact up to 133144"):
+        ops.linear_int8(torch.zeros(1, 133145), torch.zeros(1, 133145, dtype=torch.int8), absmax[:1], None, 0.0)
     with pytest.raises(RuntimeError, match="dim must be"):
         ops.quantize_int8(torch.randn(2, 3, 4), 0, None, 0.0)
