@@ -21,9 +21,10 @@ from qlora.cli import quiet
 from qlora.demo import ALPHA, DROPOUT, LR, RANK, SEQ_LEN, write_corpus
 from qlora.files import write_json
 from qlora.model import Quantization
+from qlora.options import TrainOptions
 from qlora.plot import plot_losses
 from qlora.pretrain import BaseOptions, cached_base
-from qlora.train import TrainOptions, train
+from qlora.train import train
 
 SEEDS = (0, 1, 2)
 WINDOW = 20

@@ -1,6 +1,7 @@
 """Fine-tuning of language models on quantized weights: the trainer layer and the `qlora` command.
 
-`cli` > `train`, `evaluate`, `demo` > `model`, `data` > `files`; every file imports only from below itself.
+`demo` > `cli` > `train` > `output`, `evaluate` > `options`, `pretrain` > `model`, `data` > `files`, `errors`;
+every file imports only from below itself.
 """
 
 import logging

@@ -97,7 +97,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from qlora.train import TrainOptions, train
+    from qlora.options import TrainOptions
+    from qlora.train import train
 
     own = {"command", "run", "bits", "quant_type", "block_size", "double_quant", "threshold"}
     options = {name: value for name, value in vars(args).items() if name not in own}

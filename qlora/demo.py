@@ -34,8 +34,9 @@ from qlora.model import (
     load_tokenizer,
     weight_bytes,
 )
+from qlora.options import TrainOptions
 from qlora.pretrain import BaseOptions, cached_base
-from qlora.train import TrainOptions, train
+from qlora.train import train
 
 CPU = torch.device("cpu")
 SEQ_LEN, BATCH_SIZE, RANK, ALPHA, DROPOUT, LR = 256, 8, 16, 32.0, 0.05, 2e-3

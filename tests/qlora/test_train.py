@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from qlora.errors import InputError
 from qlora.model import Quantization
-from qlora.train import TrainOptions, train
+from qlora.options import TrainOptions
+from qlora.train import train
 
 
 def options(base, text, output, bits=4, **changes):
@@ -159,62 +160,6 @@ def test_a_loss_that_is_no_number_stops_the_training(base, text, tmp_path):
     with pytest.raises(InputError, match=r"the loss is (nan|inf) at step \d+; use a lower --lr"):
         train(options(base, text, tmp_path, lr=1e3, max_grad_norm=0.0, max_steps=60, scheduler="constant"))
     assert not (tmp_path / "adapter_config.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("rank", 0),
-        ("alpha", 0.0),
-        ("alpha", math.nan),
-        ("dropout", 1.0),
-        ("dropout", -0.1),
-        ("lr", 0.0),
-        ("lr", math.inf),
-        ("lr", math.nan),
-        ("scheduler", "step"),
-        ("warmup_ratio", 1.0),
-        ("weight_decay", -1.0),
-        ("max_grad_norm", -1.0),
-        ("epochs", 0.0),
-        ("max_steps", -1),
-        ("batch_size", 0),
-        ("grad_accum", 0),
-        ("seq_len", 1),
-        ("eval_fraction", 1.0),
-        ("eval_steps", -1),
-        ("save_steps", 0),
-        ("seed", -1),
-    ],
-)
-def test_bad_settings_are_named(base, text, tmp_path, name, value):
-    with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} {value}: "):
-        train(options(base, text, tmp_path / "out", **{name: value}))
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "quantization",
-    [Quantization(3), Quantization(4, quant_type="nf3"), Quantization(4, block_size=48), Quantization(8, threshold=-1)],
-)
-def test_bad_quantization_is_named(base, text, tmp_path, quantization):
-    with pytest.raises(InputError, match=r"^--(bits|quant-type|block-size|threshold) "):
-        train(options(base, text, tmp_path / "out", quantization=quantization))
-    assert not (tmp_path / "out").exists()
-
-
-def test_resume_and_overwrite_exclude_each_other(base, text, tmp_path):
-    with pytest.raises(InputError, match="exclude each other"):
-        train(options(base, text, tmp_path, resume=True, overwrite=True))
-
-
-def test_output_that_is_a_file(base, text, tmp_path):
-    file = tmp_path / "file"
-    file.write_text("")
-    with pytest.raises(InputError, match="is a file"):
-        train(options(base, text, file))
-    with pytest.raises(InputError, match="cannot be written to"):
-        train(options(base, text, file / "below"))
 
 
 def test_resuming_a_finished_training_changes_nothing(base, text, tmp_path):
