@@ -45,6 +45,7 @@ def record(base: Path, files: tuple[Path, Path], bits: int, seed: int, **setting
                 rank=RANK,
                 alpha=ALPHA,
                 dropout=DROPOUT,
+                device="cpu",
                 **{"lr": LR, "seq_len": SEQ_LEN, **settings},
             )
         )

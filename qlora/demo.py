@@ -85,6 +85,7 @@ def run(output: Path, bits: int = 4, steps: int = 180, base: BaseOptions | None 
             batch_size=BATCH_SIZE,
             seq_len=SEQ_LEN,
             seed=seed,
+            device="cpu",
             eval_steps=max(1, steps // 6),
             overwrite=True,
         )

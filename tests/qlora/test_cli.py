@@ -15,7 +15,7 @@ ONE_THREAD = "import sys, torch; torch.set_num_threads(1); from qlora.cli import
 @pytest.mark.parametrize("bits", ["4", "8", "16"])
 def test_train_eval_generate(base, text, tmp_path, capsys, bits):
     out = tmp_path / "out"
-    model = ["--model", str(base), "--bits", bits]
+    model = ["--model", str(base), "--bits", bits, "--device", "cpu"]
     size = ["--seq-len", "32", "--batch-size", "4"]
     held_out = ["--data", str(text)]
     train = ["train", *model, *size, "--data", str(text), "--eval-data", str(text), "--output", str(out)]
@@ -100,7 +100,7 @@ def test_interrupted(monkeypatch, capsys):
 def test_killed_and_resumed(base, text, tmp_path, capsys):
     """As it happens to a user: the process is killed, and the command repeated with --resume."""
     size = ["--seq-len", "32", "--batch-size", "4", "--save-steps", "4", "--dropout", "0.1", "--rank", "4"]
-    command = ["train", "--model", str(base), "--data", str(text), "--max-steps", "60", "--lr", "1e-3", *size]
+    command = ["train", "--model", str(base), "--data", str(text), "--max-steps", "60", "--device", "cpu", *size]
     out = tmp_path / "out"
     process = subprocess.Popen(
         [sys.executable, "-c", ONE_THREAD, *command, "--output", str(out)],

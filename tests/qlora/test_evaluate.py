@@ -12,7 +12,7 @@ from qlora.model import Quantization
 
 
 def options(base, bits=16, **changes):
-    return ModelOptions(str(base), quantization=Quantization(bits), dtype="float32", **changes)
+    return ModelOptions(str(base), quantization=Quantization(bits), device="cpu", dtype="float32", **changes)
 
 
 def test_mean_loss_is_that_of_every_token(base, text):

@@ -28,6 +28,7 @@ def options(base, text, output, bits=4, **changes):
         "batch_size": 4,
         "seq_len": 32,
         "save_steps": 3,
+        "device": "cpu",
         "progress": False,
     }
     return TrainOptions(**settings | changes)
