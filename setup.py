@@ -134,6 +134,8 @@ def extensions() -> list:
         extra_compile_args=[*CXX_FLAGS, *STABLE_ABI, "-DUSE_CUDA"],
         library_dirs=[f"{home}/lib64"],
         libraries=["cudart_static", "dl", "rt", "pthread"],
+        # libtorch brings libtorch_cuda, which has the current stream; the linker would drop it as unused.
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"],
         **common,
     )
     cuda.cuda_home = home

@@ -153,6 +153,10 @@ def test_the_cuda_module_builds_and_registers_its_ops_without_a_gpu(tmp_path):
     built = subprocess.run(build, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
 
+    module = tmp_path / "quantlib" / "_C_cuda.abi3.so"
+    needed = subprocess.run(["readelf", "-d", str(module)], check=True, capture_output=True, text=True).stdout
+    assert "[libtorch.so]" in needed, "a CUDA build of torch could not find its own stream for this module"
+
     stand_in = tmp_path / "stand_in.cpp"
     stand_in.write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }')
     library = tmp_path / "stand_in.so"
@@ -161,7 +165,7 @@ def test_the_cuda_module_builds_and_registers_its_ops_without_a_gpu(tmp_path):
 import ctypes, torch
 if torch.version.cuda is None:
     ctypes.CDLL({str(library)!r}, ctypes.RTLD_GLOBAL)
-torch.ops.load_library({str(tmp_path / "quantlib" / "_C_cuda.abi3.so")!r})
+torch.ops.load_library({str(module)!r})
 print(torch.ops.quantlib_cuda.dequantize_4bit.default._schema)
 """
     loaded = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
