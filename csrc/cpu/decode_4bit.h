@@ -3,6 +3,40 @@
 // A block's 16 possible values dtype(code * absmax) are computed first, one rounding each, so that decoding is a
 // table lookup for every dtype and exact by construction.
 
+// Undoes double quant for groups [first, last) of 256 blocks.
+static void undo_double_quant(const Weight4bit& w, int64_t blocks, int64_t first, int64_t last, float* scales) {
+  const float offset = w.offset;
+  for (int64_t group = first; group < last; ++group) {
+    const float absmax = w.nested_absmax[group];
+    const int64_t end = (group + 1) * 256 < blocks ? (group + 1) * 256 : blocks;
+    int64_t i = group * 256;
+    for (; i + W <= end; i += W) {
+      float looked_up[W];
+#pragma GCC unroll 16
+      for (int j = 0; j < W; ++j) looked_up[j] = w.nested_codebook[w.absmax_codes[i + j]];
+      store(scales + i, load(looked_up) * absmax + offset);
+    }
+    for (; i < end; ++i) scales[i] = w.nested_codebook[w.absmax_codes[i]] * absmax + offset;
+  }
+}
+
+// A weight of n elements without double quant: undone once for the whole weight, since one block at a time took
+// longer than decoding the block's 64 weights.
+struct PlainWeight {
+  Scratch<float> scales;
+  Weight4bit w;
+
+  PlainWeight(const Weight4bit& weight, int64_t n)
+      : scales(6, weight.absmax ? 0 : (n >> weight.block_shift) + 1), w(weight) {
+    if (weight.absmax) return;
+    const int64_t blocks = (n + (int64_t(1) << weight.block_shift) - 1) >> weight.block_shift;
+    parallel_for((blocks + 255) / 256, 64, [&](int64_t first, int64_t last) {
+      undo_double_quant(weight, blocks, first, last, scales);
+    });
+    w.absmax = scales;
+  }
+};
+
 // Nibble of element i, high nibble first.
 SIMD_INLINE int nibble(const uint8_t* packed, int64_t i) { return packed[i >> 1] >> (i & 1 ? 0 : 4) & 15; }
 
