@@ -16,13 +16,15 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from qlora.cli import quiet
 from qlora.demo import ALPHA, DROPOUT, LR, RANK, SEQ_LEN, write_corpus
-from qlora.files import write_json
+from qlora.files import replaced, write_json
 from qlora.model import Quantization
 from qlora.options import TrainOptions
-from qlora.plot import plot_losses
+from qlora.plot import running_mean
 from qlora.pretrain import BaseOptions, cached_base
 from qlora.train import train
 
@@ -83,6 +85,27 @@ def report(runs: Mapping[str, Mapping]) -> dict[str, float]:
     return {"noise": noise(plain), **distances}
 
 
+def draw(runs: Mapping[str, Mapping], path: Path) -> None:
+    """Write a PNG: the curves as running means, and their differences from the first run."""
+    figure = Figure(figsize=(11, 4), dpi=120, layout="tight")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    plain = running_mean(list(enumerate(runs["16 bits, seed 0"]["losses"], start=1)), WINDOW)
+    for name, run in runs.items():
+        style = {"linewidth": 1.0, "linestyle": "--"} if name.startswith("16") else {"linewidth": 2.0}
+        curve = running_mean(list(enumerate(run["losses"], start=1)), WINDOW)
+        left.plot(*zip(*curve, strict=True), label=name, **style)
+        difference = [(step, one - other) for (step, one), (_, other) in zip(curve, plain, strict=True)]
+        right.plot(*zip(*difference, strict=True), label=name, **style)
+    left.set(xlabel="step", ylabel=f"loss, mean of {WINDOW} steps (nats per token)", title="LoRA fine-tune")
+    right.set(xlabel="step", ylabel="difference", title="Difference from 16 bits, seed 0")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    left.legend()
+    with replaced(path) as partial:
+        figure.savefig(partial)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train in 16, 8 and 4 bits and compare the loss curves.")
     parser.add_argument("--steps", type=int, default=240)
@@ -98,12 +121,7 @@ def main() -> None:
     write_json(
         args.json, {"steps": args.steps, "window": WINDOW, "summary": summary, "versions": versions, "runs": runs}
     )
-    plot_losses(
-        args.plot,
-        {name: list(enumerate(run["losses"], start=1)) for name, run in runs.items()},
-        "LoRA on a 16-bit base (PEFT) and on quantized ones (these layers)",
-        window=WINDOW,
-    )
+    draw(runs, args.plot)
     print(json.dumps(summary, indent=2))
 
 
