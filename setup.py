@@ -5,7 +5,8 @@ Python >= 3.10. The CUDA module is compiled without torch's help: its kernels do
 nvcc that knows the architectures will do, whatever CUDA version torch itself was built with.
 
 Environment: QUANTLIB_CUDA=0 never builds the CUDA module, QUANTLIB_CUDA=1 always; unset, it is built when
-nvcc and a CUDA build of torch are there. MAX_JOBS limits the number of compilers that run at once.
+nvcc and a CUDA build of torch are there. QUANTLIB_CUDA_ARCHS="90" or "80 90" builds for these architectures only.
+MAX_JOBS limits the number of compilers that run at once.
 """
 
 from __future__ import annotations
@@ -75,10 +76,23 @@ def decide_cuda(setting: str | None, cuda_home: str | None, torch_cuda: str | No
     return True, ""
 
 
-def gencode_flags(nvcc: str) -> list[str]:
-    """Machine code for each architecture this nvcc knows, and PTX of the last one for those to come."""
-    known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
-    archs = [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch}" in known]
+def choose_architectures(setting: str | None, known: list[str]) -> list[str]:
+    """The architectures to build for, such as ["80", "90"]: those named by QUANTLIB_CUDA_ARCHS, else all of ours.
+
+    `known` is the output of `nvcc --list-gpu-code`. Raises ValueError for a name that this nvcc does not know.
+    """
+    wanted = (setting or "").replace(",", " ").replace(";", " ").split()
+    for arch in wanted:
+        if f"sm_{arch.rstrip('af')}" not in known:  # nvcc does not list 90a and 100f beside 90 and 100
+            raise ValueError(
+                f"QUANTLIB_CUDA_ARCHS={setting!r}: this nvcc does not know {arch!r}; it knows "
+                + ", ".join(name.removeprefix("sm_") for name in known)
+            )
+    return wanted or [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch}" in known]
+
+
+def gencode_flags(archs: list[str]) -> list[str]:
+    """Machine code for each architecture, and PTX of the last one for those to come."""
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
@@ -95,14 +109,16 @@ class Build(BuildExtension):
         sources = getattr(ext, "cuda_sources", [])
         if sources:
             nvcc = str(Path(ext.cuda_home) / "bin" / "nvcc")
-            flags = [*NVCC_FLAGS, *gencode_flags(nvcc)]
+            flags = [*NVCC_FLAGS, *gencode_flags(ext.cuda_archs)]
             jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+            objects = Path(self.build_temp) / "_".join(ext.cuda_archs)  # another list of architectures, other objects
             with ThreadPoolExecutor(jobs) as pool:
-                ext.extra_objects = list(pool.map(lambda source: self._nvcc(nvcc, flags, source), sources))
+                ext.extra_objects = list(pool.map(lambda source: self._nvcc(nvcc, flags, source, objects), sources))
+            self.force = True  # setuptools would not link again, since it does not look at extra_objects
         super().build_extension(ext)
 
-    def _nvcc(self, nvcc: str, flags: list[str], source: str) -> str:
-        target = Path(self.build_temp) / f"{source}.o"
+    def _nvcc(self, nvcc: str, flags: list[str], source: str, objects: Path) -> str:
+        target = objects / f"{source}.o"
         inputs = [source, *HEADERS, __file__]
         if not target.exists() or target.stat().st_mtime < max(os.stat(path).st_mtime for path in inputs):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +154,9 @@ def extensions() -> list:
         extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"],
         **common,
     )
+    known = subprocess.run([f"{home}/bin/nvcc", "--list-gpu-code"], check=True, capture_output=True, text=True).stdout
     cuda.cuda_home = home
+    cuda.cuda_archs = choose_architectures(os.environ.get("QUANTLIB_CUDA_ARCHS"), known.split())
     cuda.cuda_sources = sorted(glob("csrc/cuda/*.cu"))
     return [cpu, cuda]
 

@@ -53,6 +53,17 @@ def test_a_wish_that_cannot_be_met_is_an_error(setup_py, setting, cuda_home, mes
     assert "QUANTLIB_CUDA" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("setting", "chosen"),
+    [(None, ["75", "80", "90"]), ("", ["75", "80", "90"]), ("90", ["90"]), ("80;90a", ["80", "90a"])],
+)
+def test_which_architectures_it_is_built_for(setup_py, setting, chosen):
+    known = ["sm_75", "sm_80", "sm_86", "sm_90"]
+    assert setup_py.choose_architectures(setting, known) == chosen
+    with pytest.raises(ValueError, match=r"QUANTLIB_CUDA_ARCHS='80,13'.*'13'.*75, 80, 86, 90"):
+        setup_py.choose_architectures("80,13", known)
+
+
 def test_a_bad_setting_ends_the_build_with_one_line():
     env = {**os.environ, "QUANTLIB_CUDA": "maybe"}
     command = [sys.executable, "setup.py", "--version"]
@@ -148,7 +159,7 @@ def test_the_cuda_module_builds_and_registers_its_ops_without_a_gpu(tmp_path):
     for name in ("csrc", "quantlib"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copy(ROOT / "setup.py", tmp_path)
-    env = {**os.environ, "QUANTLIB_CUDA": "1"}
+    env = {**os.environ, "QUANTLIB_CUDA": "1", "QUANTLIB_CUDA_ARCHS": "90"}
     build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     built = subprocess.run(build, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
