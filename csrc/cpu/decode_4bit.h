@@ -30,9 +30,8 @@ struct PlainWeight {
       : scales(6, weight.absmax ? 0 : (n >> weight.block_shift) + 1), w(weight) {
     if (weight.absmax) return;
     const int64_t blocks = (n + (int64_t(1) << weight.block_shift) - 1) >> weight.block_shift;
-    parallel_for((blocks + 255) / 256, 64, [&](int64_t first, int64_t last) {
-      undo_double_quant(weight, blocks, first, last, scales);
-    });
+    parallel_for((blocks + 255) / 256, 64,
+                 [&](int64_t first, int64_t last) { undo_double_quant(weight, blocks, first, last, scales); });
     w.absmax = scales;
   }
 };
@@ -54,21 +53,31 @@ SIMD_INLINE void fill(Table<T>& table, const Codebook& codebook, float scale) {
 // vpermw looks up 32 16-bit values by the low five bits of each lane; with the 16 values stored twice the fifth bit
 // does not matter, and vpmultishiftqb moves four nibbles of a 16-bit word to the bottom of four lanes at once:
 // three instructions decode 32 weights in order. vpermps does the same for 16 floats.
-SIMD_INLINE __m512i lookup_table(const Codebook& codebook, float scale, const bf16*) {
-  if (__builtin_fabsf(scale) < 0x1p-100f) {  // vcvtne2ps2bf16 would flush subnormal results
-    Table<bf16> table;
-    fill(table, codebook, scale);
-    return _mm512_broadcast_i64x4(load_raw<__m256i>(table.value));
+struct LookupTables {
+  const Codebook& codebook;
+  __m512 codes;
+
+  SIMD_INLINE_MEMBER explicit LookupTables(const Codebook& c) : codebook(c), codes(_mm512_loadu_ps(c.code)) {}
+  SIMD_INLINE_MEMBER __m512i operator()(float scale, const bf16*) const {
+    if (__builtin_expect(__builtin_fabsf(scale) < 0x1p-100f, 0)) {  // vcvtne2ps2bf16 would flush subnormal results
+      Table<bf16> table;
+      fill(table, codebook, scale);
+      return _mm512_broadcast_i64x4(load_raw<__m256i>(table.value));
+    }
+    const __m512 values = _mm512_mul_ps(codes, _mm512_set1_ps(scale));
+    return (__m512i)_mm512_cvtne2ps_pbh(values, values);
   }
-  const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(codebook.code), _mm512_set1_ps(scale));
-  return (__m512i)_mm512_cvtne2ps_pbh(values, values);
-}
-SIMD_INLINE __m512i lookup_table(const Codebook& codebook, float scale, const f16*) {
-  const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(codebook.code), _mm512_set1_ps(scale));
-  return _mm512_broadcast_i64x4(_mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
-}
-SIMD_INLINE __m512i lookup_table(const Codebook& codebook, float scale, const float*) {
-  return (__m512i)_mm512_mul_ps(_mm512_loadu_ps(codebook.code), _mm512_set1_ps(scale));
+  SIMD_INLINE_MEMBER __m512i operator()(float scale, const f16*) const {
+    const __m512 values = _mm512_mul_ps(codes, _mm512_set1_ps(scale));
+    return _mm512_broadcast_i64x4(_mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
+  }
+  SIMD_INLINE_MEMBER __m512i operator()(float scale, const float*) const {
+    return (__m512i)_mm512_mul_ps(codes, _mm512_set1_ps(scale));
+  }
+};
+template <class T>
+SIMD_INLINE __m512i lookup_table(const Codebook& codebook, float scale, const T* out) {
+  return LookupTables(codebook)(scale, out);
 }
 SIMD_INLINE __m512i lookup32(const uint8_t* packed, __m512i table) {
   const __m512i shifts = _mm512_set1_epi64(0x3f083f0c3f003f04);
@@ -125,7 +134,22 @@ SIMD_INLINE void decode32(const uint8_t* packed, const Table<T>& table, T* out) 
 template <class T>
 static void decode(const Weight4bit& w, int64_t begin, int64_t end, T* out) {
   out -= begin;
-  for (int64_t i = begin; i < end;) {
+  int64_t i = begin;
+#if QUANTLIB_LEVEL == 2
+  // Whole blocks of 64, by far the most usual, from local copies: the compiler must assume that writing to out
+  // changes w, and reloading it doubled the time.
+  if (w.block_shift == 6 && w.absmax && begin % 64 == 0) {
+    const float* const absmax = w.absmax;
+    const uint8_t* const packed = w.packed;
+    const LookupTables tables(w.codebook);
+    for (; i + 64 <= end; i += 64) {
+      const __m512i table = tables(absmax[i / 64], out);
+      decode32(packed + i / 2, table, out + i);
+      decode32(packed + i / 2 + 16, table, out + i + 32);
+    }
+  }
+#endif
+  while (i < end) {
     const int64_t block = i >> w.block_shift;
     const int64_t block_end = (block + 1) << w.block_shift;
     const int64_t stop = block_end < end ? block_end : end;
