@@ -25,6 +25,9 @@ struct Rows4bit {
   SIMD_INLINE_MEMBER void decode(int64_t row, int64_t begin, int64_t end, E* out) const {
     QUANTLIB_ISA::decode(w, row * k + begin, row * k + end, out);
   }
+  SIMD_INLINE_MEMBER void prefetch(int64_t first, int64_t last) const {
+    QUANTLIB_ISA::prefetch(w, first * k, last * k);
+  }
 };
 
 #if QUANTLIB_LEVEL == 2
@@ -130,7 +133,10 @@ static void stream(const Linear4bit& a) {
   parallel_for(a.n / kRows, 16384 / a.k + 1, [&](int64_t first, int64_t last) {
     const Scratch<bf16> rows(0, passes > 1 ? kRows * a.k : 0);
     for (int64_t n = first * kRows; n < last * kRows; n += kRows) {
-      if (passes > 1) decode(a.w, n * a.k, (n + kRows) * a.k, static_cast<bf16*>(rows));
+      if (passes > 1) {
+        decode(a.w, n * a.k, (n + kRows) * a.k, static_cast<bf16*>(rows));
+        prefetch(a.w, (n + kRows) * a.k, (n + 2 * kRows) * a.k);
+      }
       for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t begin = a.m * pass / passes, end = a.m * (pass + 1) / passes;
         float out[kMostAtOnce][kRows];

@@ -237,10 +237,12 @@ static void multiply(const Product& p, const Rows& w) {
       for (int64_t block = first; block < last; ++block) {
         const int64_t c0 = block * kColumns;
         const int64_t count = p.columns - c0 < kColumns ? p.columns - c0 : kColumns;
-        if constexpr (Transposed)
+        if constexpr (Transposed) {
           panel_of_rows(w, c0, count, p.depth, static_cast<E*>(panel));
-        else
+          w.prefetch(c0 + kColumns, c0 + 2 * kColumns);
+        } else {
           panel_of_columns(w, c0, count, p.depth, static_cast<E*>(panel));
+        }
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t left = rows - t * kTileRows, size = tile_rows(left);
           alignas(64) float out[kTileRows * kColumns];
