@@ -20,19 +20,20 @@ static void undo_double_quant(const Weight4bit& w, int64_t blocks, int64_t first
   }
 }
 
-// A weight of n elements without double quant: undone once for the whole weight, since one block at a time took
-// longer than decoding the block's 64 weights.
+// Elements [begin, end) of a weight without double quant: undone for a whole stretch at once, since one block at a
+// time took longer than decoding the block's 64 weights. Uses this thread's scratch buffer 6.
 struct PlainWeight {
   Scratch<float> scales;
   Weight4bit w;
 
-  PlainWeight(const Weight4bit& weight, int64_t n)
-      : scales(6, weight.absmax ? 0 : (n >> weight.block_shift) + 1), w(weight) {
-    if (weight.absmax) return;
-    const int64_t blocks = (n + (int64_t(1) << weight.block_shift) - 1) >> weight.block_shift;
-    parallel_for((blocks + 255) / 256, 64,
-                 [&](int64_t first, int64_t last) { undo_double_quant(weight, blocks, first, last, scales); });
-    w.absmax = scales;
+  PlainWeight(const Weight4bit& weight, int64_t begin, int64_t end)
+      : scales(6, weight.absmax ? 0 : ((end - begin) >> weight.block_shift) + 1024), w(weight) {
+    if (weight.absmax || begin == end) return;
+    const int64_t blocks = (end + (int64_t(1) << weight.block_shift) - 1) >> weight.block_shift;
+    const int64_t group = (begin >> weight.block_shift) / 256;
+    float* const origin = scales - group * 256;
+    undo_double_quant(weight, blocks, group, (blocks + 255) / 256, origin);
+    w.absmax = origin;
   }
 };
 
@@ -58,14 +59,16 @@ struct LookupTables {
   __m512 codes;
 
   SIMD_INLINE_MEMBER explicit LookupTables(const Codebook& c) : codebook(c), codes(_mm512_loadu_ps(c.code)) {}
-  SIMD_INLINE_MEMBER __m512i operator()(float scale, const bf16*) const {
-    if (__builtin_expect(__builtin_fabsf(scale) < 0x1p-100f, 0)) {  // vcvtne2ps2bf16 would flush subnormal results
-      Table<bf16> table;
-      fill(table, codebook, scale);
-      return _mm512_broadcast_i64x4(load_raw<__m256i>(table.value));
-    }
+  // Subnormal values become zero, as they are for vdpbf16ps anyway.
+  SIMD_INLINE_MEMBER __m512i flushing(float scale) const {
     const __m512 values = _mm512_mul_ps(codes, _mm512_set1_ps(scale));
     return (__m512i)_mm512_cvtne2ps_pbh(values, values);
+  }
+  SIMD_INLINE_MEMBER __m512i operator()(float scale, const bf16*) const {
+    if (__builtin_expect(!(__builtin_fabsf(scale) < 0x1p-100f), 1)) return flushing(scale);
+    Table<bf16> table;
+    fill(table, codebook, scale);
+    return _mm512_broadcast_i64x4(load_raw<__m256i>(table.value));
   }
   SIMD_INLINE_MEMBER __m512i operator()(float scale, const f16*) const {
     const __m512 values = _mm512_mul_ps(codes, _mm512_set1_ps(scale));

@@ -38,6 +38,7 @@ constexpr int kRows = 4, kMostAtOnce = 6;
 template <int M, int Segment>
 static void stream_rows(const Weight4bit& w, const bf16* x, int64_t k, int64_t row, float (*out)[kRows]) {
   F32 acc[M][kRows] = {};
+  const LookupTables tables(w.codebook);
   const int64_t segment = Segment ? Segment : (int64_t(1) << w.block_shift) < k ? int64_t(1) << w.block_shift : k;
   // k and the block size are multiples of 32 and one divides the other, so a segment lies in one block.
   for (int64_t begin = 0; begin < k; begin += segment) {
@@ -46,7 +47,7 @@ static void stream_rows(const Weight4bit& w, const bf16* x, int64_t k, int64_t r
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const int64_t i = (row + r) * k + begin;
-      table[r] = lookup_table(w.codebook, w.absmax[i >> w.block_shift], x);
+      table[r] = tables.flushing(w.absmax[i >> w.block_shift]);
       packed[r] = w.packed + i / 2;
       // The rows that come next: four short streams defeat the hardware's prefetcher when the weight is in memory.
       __builtin_prefetch(packed[r] + kRows * k / 2);
@@ -131,16 +132,18 @@ static void stream(const Linear4bit& a) {
   bf16* y = static_cast<bf16*>(a.y);
   const int64_t passes = (a.m + kMostAtOnce - 1) / kMostAtOnce;
   parallel_for(a.n / kRows, 16384 / a.k + 1, [&](int64_t first, int64_t last) {
+    const PlainWeight plain(a.w, first * kRows * a.k, last * kRows * a.k);
+    const Weight4bit& w = plain.w;
     const Scratch<bf16> rows(0, passes > 1 ? kRows * a.k : 0);
     for (int64_t n = first * kRows; n < last * kRows; n += kRows) {
       if (passes > 1) {
-        decode(a.w, n * a.k, (n + kRows) * a.k, static_cast<bf16*>(rows));
-        prefetch(a.w, (n + kRows) * a.k, (n + 2 * kRows) * a.k);
+        decode(w, n * a.k, (n + kRows) * a.k, static_cast<bf16*>(rows));
+        prefetch(w, (n + kRows) * a.k, (n + 2 * kRows) * a.k);
       }
       for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t begin = a.m * pass / passes, end = a.m * (pass + 1) / passes;
         float out[kMostAtOnce][kRows];
-        some_rows(end - begin, a.w, passes > 1 ? static_cast<bf16*>(rows) : nullptr, x + begin * a.k, a.k, n, out);
+        some_rows(end - begin, w, passes > 1 ? static_cast<bf16*>(rows) : nullptr, x + begin * a.k, a.k, n, out);
         for (int64_t m = begin; m < end; ++m)
           for (int r = 0; r < kRows; ++r)
             narrow(out[m - begin][r] + (bias ? widen(bias[n + r]) : 0.0f), y + m * a.n + n + r);
@@ -150,18 +153,16 @@ static void stream(const Linear4bit& a) {
 }
 #endif
 
-void linear_4bit(const Linear4bit& given) {
-  const PlainWeight plain(given.w, given.n * given.k);
-  Linear4bit a = given;
-  a.w = plain.w;
+void linear_4bit(const Linear4bit& a) {
 #if QUANTLIB_LEVEL == 2
   if (can_stream(a)) return stream(a);
 #endif
-  multiply<true>(a.dtype, {a.x, a.bias, a.m, a.n, a.k, a.y}, Rows4bit{a.w, a.k});
+  const PlainWeight plain(a.w, 0, a.n * a.k);
+  multiply<true>(a.dtype, {a.x, a.bias, a.m, a.n, a.k, a.y}, Rows4bit{plain.w, a.k});
 }
 
 void linear_4bit_dx(const Linear4bit& a) {
-  const PlainWeight plain(a.w, a.n * a.k);
+  const PlainWeight plain(a.w, 0, a.n * a.k);
   multiply<false>(a.dtype, {a.x, nullptr, a.m, a.k, a.n, a.y}, Rows4bit{plain.w, a.k});
 }
 

@@ -134,10 +134,10 @@ static void decode_to(const Weight4bit& w, int64_t begin, int64_t end, void* out
 }
 
 void dequantize_4bit(const Weight4bit& weight, int64_t n, DType dtype, void* out) {
-  const PlainWeight plain(weight, n);
   constexpr int64_t kChunk = 1 << 14;
   parallel_for((n + kChunk - 1) / kChunk, 1, [&](int64_t first, int64_t last) {
     const int64_t end = last * kChunk < n ? last * kChunk : n;
+    const PlainWeight plain(weight, first * kChunk, end);
     QUANTLIB_BY_DTYPE(dtype, decode_to, plain.w, first * kChunk, end, out);
   });
 }
