@@ -1,0 +1,132 @@
+"""The table and the plot of a record of `python -m bench model`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.model_split import GROUPS
+from bench.records import Record
+from qlora.files import replaced
+
+OURS = "quantlib"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    rule = ["---" if i < left else "---:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def _gigabytes(count: float | None) -> str:
+    return "" if count is None else f"{count / 1e9:.2f}"
+
+
+def _cells(record: Record, task: str) -> list[dict]:
+    return [row for row in record["results"] if row["task"] == task]
+
+
+def _speed(row: dict) -> tuple[str, str, str]:
+    """Rate, ratio and memory, or in their place what is wrong."""
+    if row["status"] != "ok":
+        return row["status"], "", ""
+    ratio = "1.00" if row["peer"] == OURS else f"{row['ratio']:.2f}" if row.get("ratio") else ""
+    return f"{row['tokens_per_second']:,.1f}", ratio, _gigabytes(row["peak_memory"])
+
+
+def _training(record: Record) -> str:
+    rows = [
+        (row["peer"], str(row["sequence"]), "yes" if row["checkpointing"] else "no", *_speed(row))
+        for row in sorted(_cells(record, "train"), key=lambda row: (row["sequence"], row["checkpointing"]))
+    ]
+    header = ("training step", "tokens", "checkpointing", "tokens/s", "time / ours", "peak GB")
+    return _markdown(header, rows)
+
+
+def _decoding(record: Record) -> str:
+    rows = [(row["peer"], str(row["sequence"]), *_speed(row)) for row in _cells(record, "decode")]
+    return _markdown(("generated token", "after", "tokens/s", "time / ours", "peak GB"), rows)
+
+
+def _longest(record: Record) -> list[dict]:
+    """The rows with a split of the longest sequence trained, without checkpointing where there is a choice."""
+    rows = [row for row in _cells(record, "train") if row["status"] == "ok" and row.get("split")]
+    key = max(((row["sequence"], not row["checkpointing"]) for row in rows), default=None)
+    return [row for row in rows if (row["sequence"], not row["checkpointing"]) == key]
+
+
+def _split(record: Record) -> str:
+    rows = []
+    for row in _longest(record):
+        total = sum(row["split"].values()) or 1.0
+        shares = [f"{100 * row['split'][group] / total:.0f}%" for group in GROUPS]
+        rows.append((row["peer"], *shares))
+    if not rows:
+        return ""
+    which = _longest(record)[0]
+    title = f"{which['sequence']} tokens{', checkpointing' if which['checkpointing'] else ''}: share of time"
+    return _markdown((title, *GROUPS), rows)
+
+
+def table(record: Record) -> str:
+    """Markdown: training, generation, the split of the longest training step, and why anything is missing."""
+    model, machine = record["model"], record["machine"]
+    title = (
+        f"{model['name']} (hidden {model['hidden']}, {model['layers']} layers, {model['linear_weights'] / 1e6:,.0f} M "
+        f"weights in linear layers), NF4 with double quantization, LoRA rank {model['rank']} on all linear layers, "
+        f"{model['dtype']}, {machine['name']}"
+    )
+    reasons = dict.fromkeys(f"{row['peer']}: {row['reason']}" for row in record["results"] if row["reason"])
+    parts = (title, _training(record), _decoding(record), _split(record), "\n".join(reasons))
+    return "\n\n".join(part for part in parts if part)
+
+
+def plot(record: Record, path: Path) -> None:
+    """Tokens a second and peak memory against the length of the sequence, and the split of the longest step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    speed, memory, split = figure.subplots(1, 3)
+    rows = [row for row in _cells(record, "train") if row["status"] == "ok"]
+    for i, peer in enumerate(dict.fromkeys(row["peer"] for row in rows)):
+        for checkpointing, style in ((False, "o-"), (True, "s--")):
+            mine = [row for row in rows if row["peer"] == peer and row["checkpointing"] == checkpointing]
+            mine.sort(key=lambda row: row["sequence"])
+            if not mine:
+                continue
+            lengths = [row["sequence"] for row in mine]
+            label = peer + (", checkpointing" if checkpointing else "")
+            speed.plot(lengths, [row["tokens_per_second"] for row in mine], style, color=f"C{i}", label=label)
+            held = [(row["sequence"], row["peak_memory"] / 1e9) for row in mine if row["peak_memory"] is not None]
+            if held:
+                memory.plot(*zip(*held, strict=True), style, color=f"C{i}")
+    for axes, name in ((speed, "tokens/s"), (memory, "peak memory, GB")):
+        axes.set(xlabel="tokens in the sequence", ylabel=name, xscale="log", ylim=(0, None))
+        axes.set_xticks(sorted({row["sequence"] for row in rows}), sorted({row["sequence"] for row in rows}))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    speed.legend(fontsize="x-small")
+    longest = _longest(record)
+    base = [0.0] * len(longest)
+    for group in GROUPS:
+        # The profiler slows a step down; its shares are laid over the measured time.
+        values = [row["median"] * row["split"][group] / (sum(row["split"].values()) or 1.0) for row in longest]
+        split.bar(
+            [row["peer"].replace(" + ", " +\n").replace(", ", ",\n") for row in longest], values, 0.6, base, label=group
+        )
+        base = [a + b for a, b in zip(base, values, strict=True)]
+    split.tick_params(axis="x", labelsize="x-small")
+    split.set(ylabel="seconds per step", title=_longest_title(longest))
+    split.legend(fontsize="x-small")
+    figure.suptitle(f"{record['model']['name']}: QLoRA training on {record['machine']['name']}")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replaced(Path(path)) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+
+
+def _longest_title(longest: Sequence[dict]) -> str:
+    if not longest:
+        return ""
+    return f"{longest[0]['sequence']} tokens{', checkpointing' if longest[0]['checkpointing'] else ''}"
