@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quantlib import _C, ops, reference
@@ -16,7 +16,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 def forall(**strategies):
     """`hypothesis.given`, except that timings never decide a test."""
-    return lambda test: settings(deadline=None)(given(**strategies)(test))
+    return lambda test: settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])(given(**strategies)(test))
 
 
 dtypes = st.sampled_from(DTYPES)
