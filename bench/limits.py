@@ -19,7 +19,6 @@ from bench import machine
 from bench.cases import Case, Cost
 
 Limits = dict[str, float]
-TRIES = 7
 
 
 @dataclass(frozen=True)
@@ -27,21 +26,22 @@ class _Sizes:
     large: int  # bytes
     cached: int
     matrix: int
+    seconds: float  # for one limit
 
 
 def _sizes(device: torch.device, quick: bool) -> _Sizes:
     if quick:
-        return _Sizes(1 << 20, 1 << 18, 64)
+        return _Sizes(1 << 20, 1 << 18, 64, 0.0)
     cache = machine.cache_size(device)
     if device.type == "cuda":
-        return _Sizes(max(1 << 30, 8 * cache), cache // 4, 8192)
-    return _Sizes(max(1 << 28, 8 * cache), cache // 4, 2048)
+        return _Sizes(max(1 << 30, 8 * cache), cache // 4, 8192, 0.3)
+    return _Sizes(max(1 << 28, 8 * cache), cache // 4, 2048, 0.3)
 
 
-def _fastest(call: Callable[[], object], device: torch.device, tries: int = TRIES) -> float:
-    """Least seconds of a call."""
-    times = []
-    for _ in range(tries + 1):
+def _fastest(call: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Least seconds of a call, the first one apart."""
+    times: list[float] = []
+    while len(times) < 4 or sum(times) < seconds:
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda._sleep(200_000)
@@ -57,16 +57,16 @@ def _fastest(call: Callable[[], object], device: torch.device, tries: int = TRIE
     return min(times[1:])
 
 
-def _bandwidth(size: int, device: torch.device) -> tuple[float, float]:
+def _bandwidth(size: int, device: torch.device, seconds: float) -> tuple[float, float]:
     """Bytes a second of reading, and of copying (read and written together)."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    read = _fastest(source.sum, device)
-    copy = _fastest(lambda: target.copy_(source), device)
+    read = _fastest(source.sum, device, seconds)
+    copy = _fastest(lambda: target.copy_(source), device, seconds)
     return source.nbytes / read, 2 * source.nbytes / copy
 
 
-def _rate(dtype: torch.dtype, n: int, device: torch.device) -> float | None:
+def _rate(dtype: torch.dtype, n: int, device: torch.device, seconds: float) -> float | None:
     """Operations a second of multiplying n x n matrices, None where PyTorch cannot."""
     if dtype == torch.int8:
         a, b = (torch.randint(-127, 128, (n, n), dtype=dtype, device=device) for _ in range(2))
@@ -75,7 +75,7 @@ def _rate(dtype: torch.dtype, n: int, device: torch.device) -> float | None:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         product = lambda: torch.nn.functional.linear(a, b)  # noqa: E731
     try:
-        return 2 * n**3 / _fastest(product, device)
+        return 2 * n**3 / _fastest(product, device, seconds)
     except RuntimeError:
         return None
 
@@ -85,10 +85,10 @@ def measure(device: torch.device | str = "cpu", quick: bool = False) -> Limits:
     device = torch.device(device)
     sizes = _sizes(device, quick)
     limits: dict[str, float | None] = {}
-    limits["read"], limits["copy"] = _bandwidth(sizes.large, device)
-    limits["cached_read"], limits["cached_copy"] = _bandwidth(sizes.cached, device)
+    limits["read"], limits["copy"] = _bandwidth(sizes.large, device, sizes.seconds)
+    limits["cached_read"], limits["cached_copy"] = _bandwidth(sizes.cached, device, sizes.seconds)
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int8):
-        limits[str(dtype).removeprefix("torch.")] = _rate(dtype, sizes.matrix, device)
+        limits[str(dtype).removeprefix("torch.")] = _rate(dtype, sizes.matrix, device, sizes.seconds)
     return {name: value for name, value in limits.items() if value}
 
 
