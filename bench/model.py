@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import gc
 import math
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench import machine, model_report, model_unsloth, records, timing
+from bench import limits, machine, model_report, model_unsloth, records, timing
 from bench.model_contestants import (
     CONTESTANTS,
     OURS,
@@ -239,12 +241,8 @@ def measure_cell(runners: Sequence[Runner], cell: Cell) -> list[Row]:
     return rows
 
 
-def _values(runner: Runner, cell: Cell, found: timing.Timing) -> dict[str, object]:
-    shape = runner.settings.shape
+def _values(runner: Runner, cell: Cell, found: timing.Timing) -> Row:
     tokens = cell.batch * (cell.sequence if cell.task == "train" else 1)
-    # A product a token forward, one for dx, and the forward pass again under checkpointing; the head has its dx too.
-    passes = (2 + cell.checkpointing) if cell.task == "train" else 1
-    head = shape.hidden * shape.vocab * (2 if cell.task == "train" else 1)
     held = held_bytes(runner.model, runner.optimizer)
     return {
         "median": found.median,
@@ -255,8 +253,25 @@ def _values(runner: Runner, cell: Cell, found: timing.Timing) -> dict[str, objec
         "tokens_per_second": tokens / found.median,
         "held_memory": held,
         "peak_memory": None if found.peak_memory is None else held + found.peak_memory,
-        "operations": 2 * tokens * (passes * shape.linear_weights + head),
+        **work(runner.settings.shape, cell),
     }
+
+
+def work(shape: Shape, cell: Cell) -> dict[str, int]:
+    """Operations, and bytes of weights read, that a cell takes at least; the adapters' 1% is left out.
+
+    A training step multiplies by each weight forward and for dx, and forward again under checkpointing. A quantized
+    weight takes 4.127 bits, the head's 16.
+    """
+    head = shape.hidden * shape.vocab
+    if cell.task == "decode":
+        weights = shape.linear_weights + head
+        return {"operations": 2 * cell.batch * weights, "read": int(shape.linear_weights * 4.127 / 8) + 2 * head}
+    passes = 2 + cell.checkpointing
+    attention = 2 * shape.layers * shape.hidden * cell.sequence  # causal; its backward pass is twice the forward
+    products = passes * shape.linear_weights + 2 * head
+    operations = cell.batch * cell.sequence * (2 * products + (passes + 1) * attention)
+    return {"operations": operations, "read": passes * int(shape.linear_weights * 4.127 / 8) + 4 * head}
 
 
 def measure_alone(runner: Runner, cells: Sequence[Cell]) -> list[Row]:
@@ -290,16 +305,19 @@ def admit(contestant: Contestant, settings: Settings, truth: Truth) -> tuple[Run
     return None, [_row(cell, contestant.name, status, reason) for cell in settings.cells], errors
 
 
-def judge(rows: list[Row]) -> None:
-    """Takes the times from rows that do not agree with the other contestants, and puts our ratio to the rest."""
+def judge(rows: list[Row], limit: limits.Limits, dtype: str) -> None:
+    """Takes the times from rows that do not agree with the other contestants, and sets the rest beside ours and the
+    machine's limits."""
     for cell in {_key(row) for row in rows}:
         here = [row for row in rows if _key(row) == cell and row["status"] == "ok"]
         for row in here if cell[0] == "train" else ():
             _agree(row, here)
         ours = next((row["median"] for row in here if row["peer"] == OURS and row["status"] == "ok"), None)
         for row in here:
-            if ours and row["status"] == "ok":
-                row["ratio"] = row["median"] / ours
+            if row["status"] == "ok":
+                row["ratio"] = row["median"] / ours if ours else None
+                least = max(row["operations"] / limit[dtype], row["read"] / limit["read"])
+                row["limit"] = least / row["median"]
 
 
 def _agree(row: Row, rows: Sequence[Row]) -> None:
@@ -315,39 +333,63 @@ def _key(row: Row) -> tuple:
     return tuple(row[name] for name in Cell.__dataclass_fields__)
 
 
-def run(settings: Settings, contestants: Sequence[Contestant] = CONTESTANTS) -> records.Record:
-    """Measures everything and returns the record."""
-    record = records.new("model", machine.describe())
-    shape = settings.shape
-    record["model"] = {**asdict(shape), "linear_weights": shape.linear_weights, "rank": RANK}
-    record["model"]["dtype"] = str(settings.dtype).removeprefix("torch.")
-    record["tolerances"] = TOLERANCES
+def run(
+    settings: Settings,
+    contestants: Sequence[Contestant] = CONTESTANTS,
+    save: Callable[[records.Record], None] = lambda record: None,
+    deadline: float = math.inf,
+) -> records.Record:
+    """Measures everything, or what it can until `deadline` (of `time.monotonic`), and returns the record.
+
+    Args:
+        save: called with the record whenever it has grown.
+    """
+    record = _new_record(settings)
     reference = Runner(REFERENCE, settings)
     truth = reference.truth()
     reference.release()
-    runners, rows, record["errors"] = [], record["results"], {}
+    runners, rows = [], record["results"]
     for contestant in contestants:
-        runner, refused, errors = admit(contestant, settings, truth)
+        runner, refused, record["errors"][contestant.name] = admit(contestant, settings, truth)
         rows += refused
-        record["errors"][contestant.name] = errors
         runners += [runner] if runner else []
-    together = bool(runners)
-    for i, cell in enumerate(settings.cells):
-        try:
-            rows += measure_cell(runners, cell) if together else []
-        except torch.OutOfMemoryError:
-            together = False
-            for runner in runners:
-                runner.release()
-            for runner in runners:
-                rows += measure_alone(runner, settings.cells[i:])
-        if not together:
-            break
+    for found in _measure_all(runners, settings.cells if runners else ()):
+        rows += found
+        record["stopped"] = time.monotonic() > deadline
+        judge(rows, record["limits"][settings.device.type], record["model"]["dtype"])
+        save(record)
+        if record["stopped"]:
+            return record
     for runner in runners:
         runner.release()
     rows += _unsloth(settings, truth)
-    judge(rows)
+    judge(rows, record["limits"][settings.device.type], record["model"]["dtype"])
+    save(record)
     return record
+
+
+def _new_record(settings: Settings) -> records.Record:
+    record = records.new("model", machine.describe())
+    shape, device = settings.shape, settings.device
+    record["model"] = {**asdict(shape), "linear_weights": shape.linear_weights, "rank": RANK}
+    record["model"]["dtype"] = str(settings.dtype).removeprefix("torch.")
+    record["limits"] = {device.type: limits.measure(device, quick=settings.seconds == 0)}
+    return record | {"tolerances": TOLERANCES, "errors": {}, "stopped": False}
+
+
+def _measure_all(runners: Sequence[Runner], cells: Sequence[Cell]) -> Iterator[list[Row]]:
+    """Rows, cell by cell; from the first cell that does not fit on, contestant by contestant."""
+    for i, cell in enumerate(cells):
+        try:
+            yield measure_cell(runners, cell)
+            continue
+        except torch.OutOfMemoryError:
+            pass  # out of the handler, whose traceback keeps tensors alive
+        for runner in runners:
+            runner.release()
+        for runner in runners:
+            yield measure_alone(runner, cells[i:])
+        return
 
 
 def _unsloth(settings: Settings, truth: Truth) -> list[Row]:
@@ -374,6 +416,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, help="sequences per training step (default 1)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU where there is one")
     parser.add_argument("--seconds", type=float, help="per contestant and row; every row has at least 3 rounds")
+    parser.add_argument("--budget", type=float, help="stop after so many seconds, with what there is")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs")
     parser.add_argument("--out", type=Path, help="folder of the record (default bench/results/<machine>)")
 
@@ -394,12 +437,18 @@ def settings(args: argparse.Namespace) -> Settings:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measures, writes the record and prints its table. The exit code is 1 if anything of ours is not right."""
+    """Writes the record after every row, and prints its table.
+
+    The exit code is 1 if anything of ours is not right, 3 if the budget ended the run.
+    """
     quiet()
+    deadline = time.monotonic() + args.budget if args.budget else math.inf
     chosen = settings(args)
-    record = run(chosen)
     path = machine.results_dir(args.out) / f"model-{machine.slug(chosen.shape.name)}.json"
-    records.write(path, record)
+    record = run(chosen, save=lambda record: records.write(path, record), deadline=deadline)
     print(model_report.table(record))
-    print(f"\nwritten to {path}")
-    return 0 if all(row["status"] == "ok" for row in record["results"] if row["peer"] == OURS) else 1
+    print(f"\n{len(record['results'])} results in {path}")
+    bad = [row for row in record["results"] if row["peer"] == OURS and row["status"] != "ok"]
+    for row in bad:
+        print(f"{row['task']}, {row['sequence']} tokens: {row['status']}: {row['reason']}", file=sys.stderr)
+    return 1 if bad else 3 if record["stopped"] else 0

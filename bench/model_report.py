@@ -25,12 +25,12 @@ def _cells(record: Record, task: str) -> list[dict]:
     return [row for row in record["results"] if row["task"] == task]
 
 
-def _speed(row: dict) -> tuple[str, str, str]:
-    """Rate, ratio and memory, or in their place what is wrong."""
+def _speed(row: dict) -> tuple[str, ...]:
+    """Rate, share of the limit, ratio and memory, or in their place what is wrong."""
     if row["status"] != "ok":
-        return row["status"], "", ""
+        return row["status"], "", "", ""
     ratio = "1.00" if row["peer"] == OURS else f"{row['ratio']:.2f}" if row.get("ratio") else ""
-    return f"{row['tokens_per_second']:,.1f}", ratio, _gigabytes(row["peak_memory"])
+    return f"{row['tokens_per_second']:,.1f}", f"{100 * row['limit']:.1f}%", ratio, _gigabytes(row["peak_memory"])
 
 
 def _training(record: Record) -> str:
@@ -38,13 +38,13 @@ def _training(record: Record) -> str:
         (row["peer"], str(row["sequence"]), "yes" if row["checkpointing"] else "no", *_speed(row))
         for row in sorted(_cells(record, "train"), key=lambda row: (row["sequence"], row["checkpointing"]))
     ]
-    header = ("training step", "tokens", "checkpointing", "tokens/s", "time / ours", "peak GB")
+    header = ("training step", "tokens", "checkpointing", "tokens/s", "of the limit", "time / ours", "peak GB")
     return _markdown(header, rows)
 
 
 def _decoding(record: Record) -> str:
     rows = [(row["peer"], str(row["sequence"]), *_speed(row)) for row in _cells(record, "decode")]
-    return _markdown(("generated token", "after", "tokens/s", "time / ours", "peak GB"), rows)
+    return _markdown(("generated token", "after", "tokens/s", "of the limit", "time / ours", "peak GB"), rows)
 
 
 def _longest(record: Record) -> list[dict]:
@@ -109,13 +109,12 @@ def plot(record: Record, path: Path) -> None:
         axes.grid(alpha=0.3)
     speed.legend(fontsize="x-small")
     longest = _longest(record)
+    names = [row["peer"].replace(" + ", " +\n").replace(", ", ",\n") for row in longest]
     base = [0.0] * len(longest)
     for group in GROUPS:
         # The profiler slows a step down; its shares are laid over the measured time.
         values = [row["median"] * row["split"][group] / (sum(row["split"].values()) or 1.0) for row in longest]
-        split.bar(
-            [row["peer"].replace(" + ", " +\n").replace(", ", ",\n") for row in longest], values, 0.6, base, label=group
-        )
+        split.bar(names, values, 0.6, base, label=group)
         base = [a + b for a, b in zip(base, values, strict=True)]
     split.tick_params(axis="x", labelsize="x-small")
     split.set(ylabel="seconds per step", title=_longest_title(longest))

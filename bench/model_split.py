@@ -8,6 +8,7 @@ fused layer computes inside one autograd node is told apart like that.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import quantlib
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler announces itself on stderr
 GROUPS = ("base linear", "LoRA", "attention", "norm + activation", "loss", "optimizer", "other")
 _LABEL = "bench: "
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::linear", "aten::matmul", "aten::_addmm_activation")
