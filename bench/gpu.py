@@ -6,7 +6,7 @@ Under --out (default: the variable OUT, else bench/results/<gpu>/):
     gpu.log           the output of everything
     environment.json  machine, versions, clocks
     tests.xml         the GPU tests, as JUnit XML
-    ops.json          the benchmarks, a record of `python -m bench`
+    ops.json, model-<name>.json   records of `python -m bench`
 
 The report is rewritten whenever a stage starts or ends, so that it can be read after a kill. A second call with the
 same --out runs only what is not finished, as long as the sources and the options are the same. The exit code is 0 if
@@ -27,12 +27,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from bench.gpu_stages import ROOT, STAGES, WORK, Command, Failed, Options, Stage, Unavailable, smi
+from bench.gpu_stages import ROOT, STAGES, WORK, Command, Failed, Options, OutOfTime, Stage, Unavailable, smi
 from qlora.files import write_json
 
 SOURCES = ("bench", "csrc", "kernels", "lora_ops", "qlora", "quantlib", "tests", "pyproject.toml", "setup.py")
@@ -147,6 +148,8 @@ def run_stage(stage: Stage, options: Options, seconds: float, log: Log, entry: d
         entry["status"] = "ok"
     except Unavailable as reason:
         entry.update(status="unavailable", note=str(reason))
+    except OutOfTime as reason:
+        entry.update(status="out of time", note=str(reason))
     except Failed as reason:
         entry.update(status="failed", note=str(reason))
     except Exception as error:  # a report of all stages is worth more than a traceback of one
@@ -158,7 +161,7 @@ def table(stages: Sequence[dict]) -> str:
     rows = [("stage", "status", "seconds", "note")]
     for entry in stages:
         seconds = f"{entry['seconds']:.1f}" if entry["seconds"] is not None else ""
-        note = " ".join(entry["note"].split())
+        note = " ".join(f"{'kept: ' if entry.get('kept') else ''}{entry['note']}".split())
         rows.append((entry["name"], entry["status"], seconds, note if len(note) <= 100 else f"{note[:97]}..."))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(
@@ -185,24 +188,29 @@ class Run:
             "ok": None,
             "stages": [],
         }
-        finished = self._finished()
+        earlier = self._earlier()
+        self.options = replace(options, resume=bool(earlier))
+        finished = self._finished(earlier)
         for stage in stages:
             entry = {"name": stage.name, "status": "waiting", "seconds": None, "note": "", "commands": []}
             self.report["stages"].append(finished.get(stage.name, entry))
 
-    def _finished(self) -> dict[str, dict]:
-        """What an earlier call with the same sources and options has finished, by name of the stage."""
+    def _earlier(self) -> list[dict]:
+        """The stages of an earlier call with the same sources and options."""
+        if self.options.fresh:
+            return []
         try:
             earlier = json.loads(self.path.read_text(encoding="utf-8"))
-            same = earlier["fingerprint"] == self.report["fingerprint"] and not self.options.fresh
-            entries = {entry["name"]: entry for entry in earlier["stages"] if entry["status"] == "ok" and same}
+            return earlier["stages"] if earlier["fingerprint"] == self.report["fingerprint"] else []
         except (OSError, ValueError, KeyError, TypeError):
-            return {}
+            return []
+
+    def _finished(self, earlier: list[dict]) -> dict[str, dict]:
+        """The entries of stages that need not run again, by name."""
+        entries = {entry["name"]: {**entry, "kept": True} for entry in earlier if entry["status"] == "ok"}
         for stage in self.stages:
             if any(not path.exists() for path in stage.leaves(self.options)):
                 entries.pop(stage.name, None)
-        for entry in entries.values():
-            entry["kept"] = True
         return entries
 
     def write(self) -> None:
@@ -213,6 +221,8 @@ class Run:
 
     def run(self) -> None:
         """Runs what is not finished, in order."""
+        if not self.options.resume:
+            (self.options.out / "gpu.log").unlink(missing_ok=True)
         lost = ""
         for stage, entry in zip(self.stages, self.report["stages"], strict=True):
             if entry.get("kept"):

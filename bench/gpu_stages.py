@@ -30,15 +30,24 @@ class Failed(Exception):
     """The commands of a stage succeeded, but what they left shows a failure."""
 
 
+class OutOfTime(Exception):
+    """A command stopped by itself when its time was over; what it has is kept."""
+
+
 @dataclass(frozen=True)
 class Options:
-    """The command line of gpu.sh. out: where everything is written. wheels: folder with peers' wheels, or None."""
+    """The command line of gpu.sh.
+
+    out: where everything is written. wheels: folder with peers' wheels, or None. resume: what lies in `out` is of
+    these sources.
+    """
 
     out: Path
     budget: float = 540.0
     wheels: Path | None = None
     fresh: bool = False
     dry_run: bool = False
+    resume: bool = False
 
     @property
     def site(self) -> Path:
@@ -73,7 +82,7 @@ class Stage:
     name: as in the table. share: of the whole budget, the most it may take.
     commands(options, seconds): what to run one after the other within so many seconds; may raise Unavailable.
     result(options, output, code): asked after each command, with its exit code: the result in a few words, or raises
-        Failed or Unavailable. `plain_result` by default.
+        Failed, OutOfTime or Unavailable. `plain_result` by default.
     leaves(options): what must be there for a finished stage not to run again on the next call.
     vital: without it no later stage makes sense.
     """
@@ -225,19 +234,42 @@ def _sanitizer_result(options: Options, output: str, code: int) -> str:
 # Benchmarks
 
 
-def _bench(options: Options, seconds: float) -> list[Command]:
+def _bench(options: Options, seconds: float, command: str, *more: str) -> list[Command]:
     size = ["--quick", "--device", "cpu"] if options.dry_run else ["--device", "cuda"]
-    limit = f"{max(1.0, 0.9 * seconds - 10):.0f}"
-    return [python("-m", "bench", "run", *size, "--budget", limit, "--out", options.out / "ops.json")]
+    budget = f"{max(1.0, 0.9 * seconds - 10):.0f}"  # it stops between two measurements, not within one
+    return [python("-m", "bench", command, *size, "--budget", budget, "--out", options.out, *more)]
 
 
-def _bench_result(options: Options, output: str, code: int) -> str:
-    plain_result(options, output, code)
-    results = json.loads((options.out / "ops.json").read_text(encoding="utf-8"))["results"]
-    bad = [r for r in results if r["peer"] == "ours" and r["status"] in ("wrong", "failed")]
-    if bad:
-        raise Failed(f"ours is {bad[0]['status']} at {bad[0]['op']}: {bad[0]['reason']}")
-    return ", ".join(f"{number} {status}" for status, number in Counter(r["status"] for r in results).most_common())
+def _ops(options: Options, seconds: float) -> list[Command]:
+    record = options.out / "ops.json"
+    if not options.resume:
+        record.unlink(missing_ok=True)
+    return _bench(options, seconds, "run", *(["--resume"] if record.exists() else []))
+
+
+def _model(options: Options, seconds: float) -> list[Command]:
+    for record in options.out.glob("model-*.json"):
+        record.unlink()
+    return _bench(options, seconds, "model")
+
+
+def _bench_result(pattern: str) -> Callable[[Options, str, int], str]:
+    """Counts what the records of that name hold; a benchmark ends with 1 if ours is wrong and 3 if time ran out."""
+
+    def result(options: Options, output: str, code: int) -> str:
+        if code not in (0, 1, 3):
+            raise Failed(last_line(output) or f"exit code {code}")
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.out.glob(pattern))]
+        results = [result for record in records for result in record["results"]]
+        counts = ", ".join(f"{n} {status}" for status, n in Counter(r["status"] for r in results).most_common())
+        if code == 1:
+            ours = (r for r in results if r["peer"].startswith("quantlib") and r["status"] in ("wrong", "failed"))
+            raise Failed(f"{counts}; {next((r['reason'] for r in ours), last_line(output))}")
+        if code == 3:
+            raise OutOfTime(f"{counts}; not all was measured")
+        return counts
+
+    return result
 
 
 STAGES: tuple[Stage, ...] = (
@@ -246,6 +278,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("build", 0.25, _build, _build_result, _built),
     Stage("diagnose", 0.15, _diagnose),
     Stage("tests", 0.35, _tests, _tests_result),
-    Stage("sanitizer", 0.2, _sanitizer, _sanitizer_result),
-    Stage("bench", 1.0, _bench, _bench_result),
+    Stage("ops", 0.35, _ops, _bench_result("ops.json")),
+    Stage("sanitizer", 0.25, _sanitizer, _sanitizer_result),
+    Stage("model", 1.0, _model, _bench_result("model-*.json")),
 )
