@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 from bench.model_split import GROUPS
 from bench.records import Record
 from qlora.files import replaced
@@ -82,12 +85,8 @@ def table(record: Record) -> str:
 
 def plot(record: Record, path: Path) -> None:
     """Tokens a second and peak memory against the length of the sequence, and the split of the longest step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
     speed, memory, split = figure.subplots(1, 3)
     rows = [row for row in _cells(record, "train") if row["status"] == "ok"]
     for i, peer in enumerate(dict.fromkeys(row["peer"] for row in rows)):
@@ -107,7 +106,7 @@ def plot(record: Record, path: Path) -> None:
         axes.set_xticks(sorted({row["sequence"] for row in rows}), sorted({row["sequence"] for row in rows}))
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    speed.legend(fontsize="x-small")
+    figure.legend(*speed.get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize="x-small")
     longest = _longest(record)
     names = [row["peer"].replace(" + ", " +\n").replace(", ", ",\n") for row in longest]
     base = [0.0] * len(longest)
@@ -118,9 +117,8 @@ def plot(record: Record, path: Path) -> None:
         base = [a + b for a, b in zip(base, values, strict=True)]
     split.tick_params(axis="x", labelsize="x-small")
     split.set(ylabel="seconds per step", title=_longest_title(longest))
-    split.legend(fontsize="x-small")
+    split.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
     figure.suptitle(f"{record['model']['name']}: QLoRA training on {record['machine']['name']}")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replaced(Path(path)) as partial:
         figure.savefig(partial, format="png", dpi=120)
 
