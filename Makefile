@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 
-.PHONY: demo test lint bench wheel clean
+.PHONY: demo test lint bench bench-cpu wheel clean
 
 demo: .venv/built  ## quantize a small model, fine-tune it on real text, print a table
 	$(BIN)/python -m qlora.demo
@@ -17,8 +17,11 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 
-bench: .venv/built
-	$(BIN)/python bench/cpu_vs_bnb.py
+bench: .venv/built  ## every op on this CPU against its peers and the machine's limits, about 10 minutes; tables, plots
+	$(BIN)/python -m bench run --device cpu
+	$(BIN)/python -m bench report
+
+bench-cpu: bench
 
 wheel: .venv/built  ## sdist and wheel, in dist/
 	$(BIN)/python -m build --no-isolation

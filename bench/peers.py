@@ -65,6 +65,14 @@ class Entry:
     least_rows: int = 0
     most_rows: int = 1 << 30
 
+    def refusal(self, m: int | None) -> str:
+        """Why it is not measured with m rows; "" if it is."""
+        if m is not None and m < self.least_rows:
+            return f"it takes M >= {self.least_rows} only"
+        if m is not None and m > self.most_rows:
+            return f"left out above M = {self.most_rows}, which it is not made for"
+        return ""
+
 
 @dataclass(frozen=True)
 class Contestant:
@@ -217,6 +225,12 @@ def _(case, w):
 @contestant(("linear_4bit", "linear_int8"), OURS)
 def _(case, w):
     return layer_entry(case, _layer(case, w).train(case.backward))
+
+
+@contestant("linear_4bit", "quantlib, decode + torch")
+def _(case, w):
+    """The weight decoded to memory and multiplied by PyTorch, as most packages do it."""
+    return layer_entry(case, lambda x: F.linear(x, w.q.dequantize()))
 
 
 @contestant("embedding_4bit", OURS)
@@ -518,9 +532,19 @@ _peft("PEFT, quantlib", _layer, bnb=False, float32=True)
 # torchao
 
 
+def _found(module: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
+
+
 @contestant("linear_4bit", "torchao, NF4", package="torchao")
 def _(case, w):
-    nf4 = importlib.import_module("torchao.dtypes.nf4tensor")
+    homes = "torchao.quantization.quantize_.workflows.nf4.nf4_tensor", "torchao.dtypes.nf4tensor"  # 0.18; before
+    nf4 = next((module for home in homes if (module := _found(home))), None)
+    if nf4 is None:
+        raise Unavailable(f"this version has neither {' nor '.join(homes)}")
     weight = nf4.to_nf4(w.w, block_size=64, scaler_block_size=256)
     exact = weight.get_original_weight().double()
 

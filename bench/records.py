@@ -68,3 +68,9 @@ def parse(text: str, source: object) -> Record:
 def read(path: Path) -> Record:
     """The record at `path`. Raises ValueError if it is none, or of another schema."""
     return parse(Path(path).read_text(encoding="utf-8"), path)
+
+
+def case_key(entry: dict) -> tuple:
+    """What identifies the case of an entry of kind "ops"; entries of all its contestants share it."""
+    names = ("op", "shape", "dtype", "m", "backward", "cache", "device")
+    return tuple(tuple(value) if isinstance(value := entry[name], list) else value for name in names)

@@ -51,14 +51,6 @@ def build(group: Case, weights: Sequence[SimpleNamespace], contestants: Iterable
     return built
 
 
-def _refusal(entry: Entry, m: int | None) -> str:
-    if m is not None and m < entry.least_rows:
-        return f"takes M >= {entry.least_rows} only"
-    if m is not None and m > entry.most_rows:
-        return f"left out above M = {entry.most_rows}, which it is not made for"
-    return ""
-
-
 def check(case: Case, built: Built, weights: SimpleNamespace, rows: SimpleNamespace) -> dict[str, dict]:
     """Name -> status, reason and error of each contestant on the first copy of the data."""
     op = OPS[case.op]
@@ -68,7 +60,7 @@ def check(case: Case, built: Built, weights: SimpleNamespace, rows: SimpleNamesp
         error = None
         if isinstance(entries, tuple):
             status, reason = entries
-        elif reason := _refusal(entries[0], case.m):
+        elif reason := entries[0].refusal(case.m):
             status = "unavailable"
         else:
             entry = entries[0]
@@ -132,10 +124,6 @@ def _summary(case: Case, entries: Sequence[dict]) -> Iterator[str]:
             yield f"  {entry['peer']:34} {entry['status']}: {entry['reason']}"
 
 
-def _key(fields: dict) -> tuple:
-    return tuple(str(fields[name]) for name in ("op", "shape", "dtype", "m", "backward", "cache", "device"))
-
-
 def _selected(args: argparse.Namespace) -> list[Case]:
     chosen = cases.suite("quick" if args.quick else args.suite, args.device)
     for name in args.ops or ():
@@ -148,18 +136,24 @@ def _contestants(op: str, wanted: Sequence[str] | None) -> list[Contestant]:
     return [p for p in peers.CONTESTANTS[op] if not wanted or p.name == OURS or any(w in p.name for w in wanted)]
 
 
-def measure_group(
-    group: Case, members: Sequence[Case], args: argparse.Namespace, limit: dict
-) -> Iterator[tuple[Case, list[dict]]]:
-    """The entries of each case of a group; its weights and contestants are built once."""
+def prepare(group: Case, args: argparse.Namespace) -> tuple[list[SimpleNamespace], Built]:
+    """The copies of a group's weights, and its contestants built on each."""
     device = torch.device(args.device)
     first = cases.make_weights(group, Source(device))
     weights = [first]
     for _ in range(copies(group, device) - 1):
         weights.append(cases.copied(SimpleNamespace(**{k: v for k, v in vars(first).items() if k != "exact"})))
-    built = build(group, weights, _contestants(group.op, args.peers))
-    for case in members:
-        yield case, measure(case, built, weights, args, limit)
+    return weights, build(group, weights, _contestants(group.op, args.peers))
+
+
+def measure_all(selected: Sequence[Case], args: argparse.Namespace, limit: dict) -> Iterator[tuple[Case, list[dict]]]:
+    """The entries of each case; weights and contestants are built once per group."""
+    for group, members in groupby(selected, key=lambda case: case.group):
+        weights, built = prepare(group, args)
+        for case in members:
+            yield case, measure(case, built, weights, args, limit)
+        del weights, built
+        gc.collect()
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -174,44 +168,41 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-rounds", type=int, help="turns of each contestant at least, however slow (default 3)")
     parser.add_argument("--budget", type=float, help="stop after so many seconds; --resume continues")
     parser.add_argument("--resume", action="store_true", help="keep what the record holds, measure the rest")
-    parser.add_argument("--out", type=Path, help="folder of the record (default bench/results/<machine>)")
+    parser.add_argument("--out", type=Path, help="the record, or its folder (default bench/results/<machine>)")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Writes the record after every case. 1 if a result of ours is wrong or failed, 3 if the budget ended the run."""
+    """Writes the record after every case. Returns 1 if a result of this package is wrong or failed."""
     deadline = time.monotonic() + args.budget if args.budget else math.inf
     if args.seconds is None:
         args.seconds = 0.01 if args.quick else 1.5
     if args.min_rounds is None:
         args.min_rounds = 1 if args.quick else 3
     selected = _selected(args)
-    path = machine.results_dir(args.out) / "ops.json"
+    path = args.out if args.out and args.out.suffix == ".json" else machine.results_dir(args.out) / "ops.json"
     record = records.new("ops", machine.describe())
     if args.resume and path.exists():
         record = records.read(path)
         if record["machine"]["commit"] != machine.commit() or record["machine"]["name"] != machine.name():
             raise ValueError(f"{path} is of another commit or machine; run without --resume")
-    done = {_key(entry) for entry in record["results"]}
-    selected = [case for case in selected if _key({**case.fields(), "device": args.device}) not in done]
-    key = f"{args.device}"
-    record["limits"].setdefault(key, {})
-    if not record["limits"][key]:
-        record["limits"][key] = limits.measure(args.device, args.quick)
-        print(", ".join(f"{name} {value}" for name, value in limits.text(record["limits"][key])), flush=True)
-    late = False
-    for group, members in groupby(selected, key=lambda case: case.group):
-        for case, entries in measure_group(group, list(members), args, record["limits"][key]):
-            print("\n".join(_summary(case, entries)), flush=True)
-            record["results"] += entries
-            records.write(path, record)
-            late = time.monotonic() > deadline
-            if late:
-                break
-        if late:
+    done = {records.case_key(entry) for entry in record["results"]}
+    selected = [case for case in selected if records.case_key({**case.fields(), "device": args.device}) not in done]
+    limit = record["limits"].setdefault(args.device, {})
+    if not limit:
+        limit |= limits.measure(args.device, args.quick)
+        print(", ".join(f"{name} {value}" for name, value in limits.text(limit)), flush=True)
+    measured = 0
+    for case, entries in measure_all(selected, args, limit):
+        print("\n".join(_summary(case, entries)), flush=True)
+        record["results"] += entries
+        records.write(path, record)
+        measured += 1
+        if time.monotonic() > deadline:
             break
-        gc.collect()
     bad = [e for e in record["results"] if e["peer"].startswith(OURS) and e["status"] in ("wrong", "failed")]
     for entry in bad:
         print(f"{entry['op']} M={entry['m']}: {entry['peer']} {entry['status']}: {entry['reason']}", file=sys.stderr)
+    if measured < len(selected):
+        print(f"The budget ended the run after {measured} of {len(selected)} cases; --resume continues")
     print(f"{len(record['results'])} results in {path}")
-    return 1 if bad else 3 if late else 0
+    return 1 if bad else 0
