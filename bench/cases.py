@@ -429,7 +429,7 @@ def _quick(device: str) -> Iterator[Case]:
     for op, entry in OPS.items():
         for m in (1, 5) if entry.rows else (None,):
             for backward in (False, True) if entry.backward else (False,):
-                yield Case(op, (64, 128), BF16, m, backward, "warm" if m == 1 else "cold")
+                yield Case(op, (128, 256), BF16, m, backward, "cold")
 
 
 def _default_cpu(device: str) -> Iterator[Case]:

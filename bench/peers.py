@@ -245,11 +245,11 @@ def _adapter(w: Weights) -> tuple[Tensor, Tensor]:
     return w.A.detach().requires_grad_(), w.B.detach().requires_grad_()
 
 
-def lora_entry(case: Case, layer: Callable[[Tensor], Tensor], A: Tensor, B: Tensor) -> Entry:
+def lora_entry(case: Case, layer: Callable[[Tensor], Tensor], A: Tensor, B: Tensor, truth=None) -> Entry:
     """A linear layer with a LoRA branch: y, and dx, dA and dB if the case goes backward."""
     if case.backward:
-        return Entry(step(layer, (A, B)), _named("y", "dx", "dA", "dB"), graph=False)
-    return Entry(lambda rows: layer(rows.x), graph=False)
+        return Entry(step(layer, (A, B)), _named("y", "dx", "dA", "dB"), truth, graph=False)
+    return Entry(lambda rows: layer(rows.x), truth=truth, graph=False)
 
 
 @contestant(LORA, OURS)
@@ -333,6 +333,25 @@ def _bnb_layer(case: Case, w: Weights) -> nn.Module:
     return _bnb_int8(_bnb(), w.w) if "int8" in case.op else _bnb_4bit(_bnb(), w.w)
 
 
+def _bnb_truth(case: Case, w: Weights, packed: Tensor, state: Any) -> Callable[[Rows], Results]:
+    """The truth for its own 4-bit weights: its CPU kernel rounds some of the nested scales another way.
+
+    The tensors are taken now, since inference on a CPU replaces them. They are decoded when asked for, in float64.
+    """
+    nested = (state.state2.absmax, state.state2.code, state.offset)
+    args = (packed.data, state.absmax, *nested, "nf4", 64, case.shape, torch.float64)
+
+    def truth(rows: Rows) -> Results:
+        exact = reference.dequantize_4bit(*args)
+        return OPS[case.op].truth(SimpleNamespace(**{**vars(w), "exact": exact}), rows)
+
+    return truth
+
+
+def _bnb_own(case: Case, w: Weights, layer: nn.Module) -> Callable[[Rows], Results] | None:
+    return None if "int8" in case.op else _bnb_truth(case, w, layer.weight.data, layer.weight.quant_state)
+
+
 @contestant("quantize_4bit", "bitsandbytes", package="bitsandbytes")
 def _(case, w):
     functional = _bnb().functional
@@ -351,7 +370,8 @@ def _(case, w):
     functional = _bnb().functional
     nested = case.op.endswith("double")
     packed, state = functional.quantize_4bit(w.w, quant_type="nf4", blocksize=64, compress_statistics=nested)
-    return Entry(lambda rows: functional.dequantize_4bit(packed, state), _one("w"))
+    truth = _bnb_truth(case, w, packed, state) if nested else None
+    return Entry(lambda rows: functional.dequantize_4bit(packed, state), _one("w"), truth)
 
 
 @contestant("quantize_int8", "bitsandbytes", package="bitsandbytes")
@@ -394,14 +414,16 @@ def _(case, w):
 def _(case, w):
     """In eval mode without gradients, where bitsandbytes repacks its 4-bit weights on CPUs; else in train mode."""
     layer = _bnb_layer(case, w).train(case.backward)
-    return layer_entry(case, layer, graph=case.op == "linear_4bit" and not case.backward)
+    graph = case.op == "linear_4bit" and not case.backward
+    return layer_entry(case, layer, truth=_bnb_own(case, w, layer), graph=graph)
 
 
 @contestant("linear_4bit", "bitsandbytes, not repacked", package="bitsandbytes")
 def _(case, w):
     if case.backward or w.w.device.type != "cpu":
         raise Unavailable("the same as bitsandbytes: it repacks for inference on CPUs only")
-    return layer_entry(case, _bnb_layer(case, w).train())
+    layer = _bnb_layer(case, w).train()
+    return layer_entry(case, layer, truth=_bnb_own(case, w, layer))
 
 
 @contestant("embedding_4bit", "bitsandbytes", package="bitsandbytes")
@@ -519,8 +541,9 @@ def _peft(name: str, base: Callable[[Case, Weights], nn.Module], bnb: bool, floa
         if bnb and importlib.util.find_spec("bitsandbytes") is None:
             raise Unavailable("bitsandbytes is not installed")
         bits = (8 if "int8" in case.op else 4) if bnb else None
-        layer, A, B = _peft_layer(base(case, w), w, bits, float32)
-        return lora_entry(case, layer, A, B)
+        frozen = base(case, w)
+        layer, A, B = _peft_layer(frozen, w, bits, float32)
+        return lora_entry(case, layer, A, B, _bnb_own(case, w, frozen) if bnb else None)
 
 
 _peft("PEFT, bitsandbytes", _bnb_layer, bnb=True, float32=True)
@@ -578,4 +601,4 @@ def _(case, w):
     weight = _bnb_layer(case, w).weight
     A, B = _adapter(w)
     layer = lambda x: function.apply(x[None], weight, weight.quant_state, A, B, SCALING)[0]  # noqa: E731
-    return lora_entry(case, layer, A, B)
+    return lora_entry(case, layer, A, B, _bnb_truth(case, w, weight.data, weight.quant_state))
