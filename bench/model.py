@@ -13,7 +13,7 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -320,8 +320,13 @@ def judge(rows: list[Row], limit: limits.Limits, dtype: str) -> None:
                 row["limit"] = least / row["median"]
 
 
+def _median(values: Iterable[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return timing.quantile(finite, 0.5) if finite else math.nan
+
+
 def _agree(row: Row, rows: Sequence[Row]) -> None:
-    loss, norm = (timing.quantile([other[name] for other in rows], 0.5) for name in ("loss", "gradient_norm"))
+    loss, norm = (_median(other[name] for other in rows) for name in ("loss", "gradient_norm"))
     errors = {"loss": abs(row["loss"] - loss), "gradients": abs(row["gradient_norm"] / norm - 1), "logits": 0.0}
     if found := complaint(errors):
         row |= {"status": "wrong", "reason": f"{found}, from the contestants' median"}

@@ -138,7 +138,7 @@ def set_checkpointing(model: PeftModel, on: bool) -> None:
         # transformers 5 renames the method, and deprecates the old name
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    elif base.is_gradient_checkpointing:
+    else:
         disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
         disable()
 

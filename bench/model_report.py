@@ -8,16 +8,14 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from bench.machine import slug
 from bench.model_split import GROUPS
 from bench.records import Record
+from bench.report import about
+from bench.report import table as markdown
 from qlora.files import replaced
 
 OURS = "quantlib"
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    rule = ["---" if i < left else "---:" for i in range(len(header))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 
 def _gigabytes(count: float | None) -> str:
@@ -36,18 +34,22 @@ def _speed(row: dict) -> tuple[str, ...]:
     return f"{row['tokens_per_second']:,.1f}", f"{100 * row['limit']:.1f}%", ratio, _gigabytes(row["peak_memory"])
 
 
+def _tokens(row: dict) -> str:
+    return str(row["sequence"]) if row["batch"] == 1 else f"{row['batch']} x {row['sequence']}"
+
+
 def _training(record: Record) -> str:
     rows = [
-        (row["peer"], str(row["sequence"]), "yes" if row["checkpointing"] else "no", *_speed(row))
+        (row["peer"], _tokens(row), "yes" if row["checkpointing"] else "no", *_speed(row))
         for row in sorted(_cells(record, "train"), key=lambda row: (row["sequence"], row["checkpointing"]))
     ]
     header = ("training step", "tokens", "checkpointing", "tokens/s", "of the limit", "time / ours", "peak GB")
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def _decoding(record: Record) -> str:
     rows = [(row["peer"], str(row["sequence"]), *_speed(row)) for row in _cells(record, "decode")]
-    return _markdown(("generated token", "after", "tokens/s", "of the limit", "time / ours", "peak GB"), rows)
+    return markdown(("generated token", "after", "tokens/s", "of the limit", "time / ours", "peak GB"), rows)
 
 
 def _longest(record: Record) -> list[dict]:
@@ -67,20 +69,53 @@ def _split(record: Record) -> str:
         return ""
     which = _longest(record)[0]
     title = f"{which['sequence']} tokens{', checkpointing' if which['checkpointing'] else ''}: share of time"
-    return _markdown((title, *GROUPS), rows)
+    return markdown((title, *GROUPS), rows)
+
+
+def _title(record: Record) -> str:
+    model = record["model"]
+    return (
+        f"{model['name']}: hidden {model['hidden']}, {model['layers']} layers, {model['linear_weights'] / 1e6:,.0f} M "
+        f"weights in linear layers, random, NF4 with double quantization, LoRA of rank {model['rank']} on all of them, "
+        f"{model['dtype']}, one sequence a step unless a batch is named."
+    )
+
+
+def _reasons(record: Record) -> str:
+    missing = dict.fromkeys(f"- {r['peer']}: {r['status']}, {r['reason']}" for r in record["results"] if r["reason"])
+    return "\n".join(missing)
+
+
+def _agreement(record: Record) -> str:
+    """How far each contestant is from float32, beside what is allowed."""
+    allowed = record["tolerances"]
+    rows = [(peer, *(f"{errors[name]:.2g}" for name in allowed)) for peer, errors in record["errors"].items() if errors]
+    header = ("distance from the model in float32", *(f"{name}, at most {limit:g}" for name, limit in allowed.items()))
+    return markdown(header, rows) if rows else ""
 
 
 def table(record: Record) -> str:
-    """Markdown: training, generation, the split of the longest training step, and why anything is missing."""
-    model, machine = record["model"], record["machine"]
-    title = (
-        f"{model['name']} (hidden {model['hidden']}, {model['layers']} layers, {model['linear_weights'] / 1e6:,.0f} M "
-        f"weights in linear layers), NF4 with double quantization, LoRA rank {model['rank']} on all linear layers, "
-        f"{model['dtype']}, {machine['name']}"
-    )
-    reasons = dict.fromkeys(f"{row['peer']}: {row['reason']}" for row in record["results"] if row["reason"])
-    parts = (title, _training(record), _decoding(record), _split(record), "\n".join(reasons))
+    """Markdown: training, generation, the split of the longest training step, agreement, why anything is missing."""
+    parts = (_title(record), _training(record), _decoding(record), _split(record), _agreement(record), _reasons(record))
     return "\n\n".join(part for part in parts if part)
+
+
+def _picture(record: Record, folder: Path) -> str:
+    path = folder / f"model-{slug(record['model']['name'])}.png"
+    plot(record, path)
+    return f"![tokens a second, memory, time by kind of work]({path.name})"
+
+
+def page(record: Record, folder: Path) -> str:
+    """All of it, for the machine's page; writes the plot into `folder`."""
+    name = record["model"]["name"]
+    return "\n\n".join((f"## Whole model: {name}", about(record), table(record), _picture(record, folder)))
+
+
+def section(record: Record, folder: Path) -> str:
+    """The README's share: training and generation, and the plot."""
+    parts = (_title(record), _training(record), _decoding(record), _picture(record, folder))
+    return "\n\n".join(parts)
 
 
 def plot(record: Record, path: Path) -> None:

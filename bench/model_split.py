@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -88,22 +89,20 @@ def _dimensions(event: Any) -> set[int]:
 
 
 def _by_work(chain: Sequence[Any], kernel: str, rank: int, vocab: int) -> str | None:
-    """The group by what is computed, from the innermost op outwards, up to the label or the backward node."""
+    """The group by what is computed: by the names of the ops around, else by the shapes of a product."""
     if any(name in kernel for name in _BASE_KERNELS):
         return "base linear"
-    for event in chain:
-        if event.name.startswith(_LABEL):
-            return None
-        if event.name.startswith(_ATTENTION_OPS) or "AttentionBackward" in event.name:
-            return "attention"
+    inside = list(takewhile(lambda event: not event.name.startswith((_LABEL, _NODE)), chain))
+    for event in inside:
         if event.name.startswith(_BASE_OPS):
             return "base linear"
+        if event.name.startswith(_ATTENTION_OPS) or "AttentionBackward" in event.name:
+            return "attention"
         if event.name.startswith("Optimizer."):
             return "optimizer"
+    for event in inside:
         if event.name in _PRODUCTS and (dimensions := _dimensions(event)):
             return "LoRA" if rank in dimensions else "loss" if vocab in dimensions else "base linear"
-        if event.name.startswith(_NODE):
-            return None
     return None
 
 

@@ -199,7 +199,7 @@ def perplexity_rows(base: Path, blocks: Dataset, dtype: torch.dtype, quick: bool
             plain += [Quantization(4, quant_type, block_size, double_quant) for double_quant in (False, True)]
     cases = [(quantization, 1) for quantization in plain]
     for magnitude in MAGNITUDES[1:]:
-        thresholds = (0.0, 6.0) if quick else THRESHOLDS
+        thresholds = (0.0, 6.0) if quick or magnitude < max(MAGNITUDES) else THRESHOLDS
         cases += [(Quantization(8, threshold=threshold), magnitude) for threshold in thresholds]
         cases += [(Quantization(4), magnitude), (Quantization(16), magnitude)]
     model, _ = load_base(base, Quantization(16), CPU, dtype)

@@ -9,19 +9,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bench.records import Record
+from bench.report import about
+from bench.report import table as markdown
 from qlora.files import replaced
 
 _PLANTED = {
     "nothing": "nothing planted",
     "activations": "planted in activations",
     "weights": "planted in weights",
-    "both": "planted in activations, divided out of weights",
+    "both": "planted, divided out of weights",
 }
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 
 def rows_of(record: Record, table: str) -> list[dict]:
@@ -57,7 +54,7 @@ def _weights(record: Record) -> str:
         "codes that differ",
         "values that differ",
     )
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def _outlier_groups(record: Record) -> dict[tuple[str, int], list[dict]]:
@@ -82,7 +79,7 @@ def _outliers(record: Record) -> str:
             rows.append(("- bitsandbytes", *map(_percent, theirs), ""))
         rows.append(("- columns in 16 bits", *(f"{100 * int8[t]['outlier_columns']:.1f}%" for t in thresholds), ""))
     names = ["plain int8" if threshold == 0 else f"{threshold:g}" for threshold in thresholds]
-    return _markdown(("error of outputs; LLM.int8() at threshold", *names, "NF4"), rows)
+    return markdown(("error of outputs; LLM.int8() at threshold", *names, "NF4"), rows)
 
 
 def _perplexity(record: Record) -> str:
@@ -91,21 +88,57 @@ def _perplexity(record: Record) -> str:
         theirs = row.get("bitsandbytes", {}).get("perplexity")
         planted = "" if row["magnitude"] == 1 else f"x{row['magnitude']}"
         rows.append((row["format"], planted, f"{row['perplexity']:.3f}", "" if theirs is None else f"{theirs:.3f}"))
-    return _markdown(("weights held in", "outlier features", "perplexity", "bitsandbytes"), rows)
+    return markdown(("weights held in", "outlier features", "perplexity", "bitsandbytes"), rows)
+
+
+def _title(record: Record) -> str:
+    model = record["model"]
+    return (
+        f"The demonstration's base model (hidden {model['hidden']}, {model['layers']} layers, "
+        f"{model['linear_weights']:,} weights in linear layers), {model['dtype']}. Errors are relative distances from "
+        f"float64, means over the layers; {model['outliers']} outlier features where planted; perplexity on "
+        f"{model['tokens']:,} tokens of text of another kind than the training's."
+    )
+
+
+def _misread(record: Record) -> str:
+    """A note on formats that bitsandbytes writes as we do, and reads otherwise."""
+    names = [
+        row["format"]
+        for row in rows_of(record, "weights")
+        if "bitsandbytes" in row
+        and not row["differing"]["codes"]
+        and row["bitsandbytes"]["weight_error"] > 1.01 * row["weight_error"]
+    ]
+    if not names:
+        return ""
+    return (
+        "Its codes are the same as ours, but bitsandbytes decodes them to other weights, farther from the truth, for: "
+        f"{'; '.join(names)}. This is an error of its decoder here and not a property of the format."
+    )
 
 
 def table(record: Record) -> str:
     """Markdown: errors of weights and outputs, outlier features by threshold, perplexity, and what is wrong."""
-    model = record["model"]
-    title = (
-        f"Demonstration's base model (hidden {model['hidden']}, {model['layers']} layers, "
-        f"{model['linear_weights']:,} weights in linear layers), {model['dtype']}, errors against float64; "
-        f"{model['outliers']} outlier features where planted; perplexity on {model['tokens']:,} held-out tokens; "
-        f"{record['machine']['name']}"
-    )
-    wrong = [f"wrong: {row['format']}: {row['reason']}" for row in record["results"] if row["status"] != "ok"]
-    parts = (title, _weights(record), _outliers(record), _perplexity(record), "\n".join(wrong))
-    return "\n\n".join(part for part in parts if part)
+    wrong = [f"- {row['format']}: {row['reason']}" for row in record["results"] if row["status"] != "ok"]
+    tables = (_weights(record), _misread(record), _outliers(record), _perplexity(record))
+    return "\n\n".join(part for part in (_title(record), *tables, "\n".join(wrong)) if part)
+
+
+def _picture(record: Record, folder: Path) -> str:
+    plot(record, folder / "quality.png")
+    return "![errors by bits and by threshold, perplexity](quality.png)"
+
+
+def page(record: Record, folder: Path) -> str:
+    """All of it, for the machine's page; writes the plot into `folder`."""
+    heading = "## What the formats lose on trained weights"
+    return "\n\n".join((heading, about(record), table(record), _picture(record, folder)))
+
+
+def section(record: Record, folder: Path) -> str:
+    """The README's share: perplexity and the plot."""
+    return "\n\n".join((_title(record), _perplexity(record), _picture(record, folder)))
 
 
 def plot(record: Record, path: Path) -> None:
@@ -157,7 +190,7 @@ def _plot_thresholds(axes, groups: dict[tuple[str, int], list[dict]]) -> None:
     for i, ((planted, magnitude), rows) in enumerate(groups.items()):
         int8 = [row for row in rows if "threshold" in row]
         positions |= {row["threshold"]: place for place, row in enumerate(int8)}
-        label = _PLANTED[planted].split(",")[0] + (f", x{magnitude}" if magnitude > 1 else "")
+        label = _PLANTED[planted] + (f", x{magnitude}" if magnitude > 1 else "")
         places = range(len(int8))
         axes.plot(places, [100 * row["output_error"] for row in int8], "o-", color=f"C{i}", markersize=4, label=label)
         theirs = [row.get("bitsandbytes", {}).get("output_error") for row in int8]

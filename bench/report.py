@@ -96,7 +96,8 @@ def target_table(record: Record) -> str:
     return table(("what", "target", "measured", "worst at", ""), rows) if rows else ""
 
 
-def _about(record: Record) -> str:
+def about(record: Record) -> str:
+    """Machine, commit, date and versions of a record, in a line."""
     found = record["machine"]
     commit = (found["commit"]["hash"] or "unknown")[:12] + (" and changes" if found["commit"]["dirty"] else "")
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
@@ -110,7 +111,7 @@ def _title(op: str, backward: bool) -> str:
 
 def ops_page(record: Record, folder: Path) -> str:
     """All tables of the ops, for the machine's page; writes the plots into `folder`."""
-    parts = [_about(record)]
+    parts = [about(record)]
     for device, found in record["limits"].items():
         parts += [f"## Limits of this {device}", table(("limit", "measured"), limits.text(found))]
     if aims := target_table(record):
@@ -136,15 +137,22 @@ def ops_page(record: Record, folder: Path) -> str:
 def ops_section(record: Record, folder: Path) -> str:
     """The README's share: targets and one plot."""
     picture = plots.overview(record, folder / "overview.png")
-    parts = [_about(record), target_table(record)]
+    parts = [about(record), target_table(record)]
     if picture:
         parts.append(f"![time against M]({picture.name})")
     return "\n\n".join(part for part in parts if part)
 
 
-def _sections(kind: str) -> Callable[[Record, Path], str]:
-    """The Markdown of a record of this kind for the README; its plots go into the folder."""
-    return ops_section if kind == "ops" else importlib.import_module(f"bench.{kind}").section
+def _renderer(record: Record, name: str) -> Callable[[Record, Path], str]:
+    """What makes a record's "page" for its machine, or its "section" for the README; the plots go into a folder."""
+    if record["kind"] == "ops":
+        return {"page": ops_page, "section": ops_section}[name]
+    return getattr(importlib.import_module(f"bench.{record['kind']}_report"), name)
+
+
+def _paths(folder: Path) -> list[Path]:
+    """A machine's records: ops.json, quality.json, model-<name>.json, in the order of KINDS."""
+    return [path for kind in KINDS for path in sorted((*folder.glob(f"{kind}.json"), *folder.glob(f"{kind}-*.json")))]
 
 
 HOW = """\
@@ -156,14 +164,13 @@ reported as wrong and takes part in no ratio."""
 
 
 def write_page(folder: Path) -> dict[str, Record]:
-    """Writes README.md and the plots beside the records of one machine; returns the records by kind."""
-    found = {kind: records.read(folder / f"{kind}.json") for kind in KINDS if (folder / f"{kind}.json").exists()}
+    """Writes README.md and the plots beside the records of one machine; returns the records by file name."""
+    found = {path.stem: records.read(path) for path in _paths(folder)}
     if not found:
         raise ValueError(f"{folder}: no record in it; expected one of {', '.join(f'{kind}.json' for kind in KINDS)}")
     name = next(iter(found.values()))["machine"]["name"]
     parts = [f"# {name}", "Written by `python -m bench report`.", HOW]
-    for kind, record in found.items():
-        parts.append(ops_page(record, folder) if kind == "ops" else _sections(kind)(record, folder))
+    parts += [_renderer(record, "page")(record, folder) for record in found.values()]
     with replaced(folder / "README.md") as partial:
         partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return found
@@ -174,7 +181,7 @@ def summary(folder: Path, found: dict[str, Record], root: Path) -> str:
     where = folder.resolve().relative_to(root.resolve()).as_posix()
     name = next(iter(found.values()))["machine"]["name"]
     parts = [f"### {name}"]
-    parts += [_sections(kind)(record, folder) for kind, record in found.items()]
+    parts += [_renderer(record, "section")(record, folder) for record in found.values()]
     parts.append(f"All tables and plots: [{where}]({where}/README.md).")
     return "\n\n".join(parts).replace("](", f"]({where}/").replace(f"]({where}/{where}/", f"]({where}/")
 
@@ -197,8 +204,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    every = sorted(p.parent for p in machine.RESULTS.glob("*/*.json") if p.stem in KINDS)
-    folders = args.folders or list(dict.fromkeys(every))
+    folders = args.folders or sorted(path for path in machine.RESULTS.glob("*") if _paths(path))
     if not folders:
         raise ValueError(f"no records in {machine.RESULTS}; make one with `python -m bench run`")
     parts = [HOW]
