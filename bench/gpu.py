@@ -16,6 +16,7 @@ every stage is ok or unavailable.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
@@ -42,6 +43,7 @@ GOOD = ("ok", "unavailable")
 RESERVE = 5.0  # seconds kept back for stopping a stage and for the table
 LOG_LIMIT = 12 << 20  # bytes; a run's output is a few hundred kilobytes unless something repeats itself
 TAIL = 400  # lines of output that a stage's result is read from; the report keeps a tenth
+_LIBC = ctypes.CDLL(None)
 
 
 class Killed(BaseException):
@@ -100,6 +102,13 @@ class Log:
         return "\n".join(self.tail)
 
 
+def _begin() -> None:
+    """In a command's process, before it starts: a group of its own, and no life after its parent's."""
+    os.setpgrp()
+    if hasattr(_LIBC, "prctl"):
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nobody else would free the GPU
+
+
 def stop(process: subprocess.Popen) -> None:
     """Ends a command and what it started: asked first, then forced."""
     for number, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 3.0)):
@@ -119,7 +128,7 @@ def run_command(command: Command, variables: dict[str, str], seconds: float, log
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        preexec_fn=os.setpgrp,
+        preexec_fn=_begin,
     )
     reader = threading.Thread(target=log.copy, args=(process.stdout,), daemon=True)
     reader.start()
@@ -303,13 +312,15 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     run = Run(options, stages)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, _kill)
+    handlers = {number: signal.signal(number, _kill) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         run.run()
     except Killed as signal_name:
         run.finish()
         return 128 + signal.Signals[str(signal_name)]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return run.finish()
 
 

@@ -257,9 +257,9 @@ def _bench_result(pattern: str) -> Callable[[Options, str, int], str]:
     """Counts what the records of that name hold; a benchmark ends with 1 if ours is wrong and 3 if time ran out."""
 
     def result(options: Options, output: str, code: int) -> str:
-        if code not in (0, 1, 3):
-            raise Failed(last_line(output) or f"exit code {code}")
         records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.out.glob(pattern))]
+        if code not in (0, 1, 3) or not records:
+            raise Failed(last_line(output) or f"exit code {code}")
         results = [result for record in records for result in record["results"]]
         counts = ", ".join(f"{n} {status}" for status, n in Counter(r["status"] for r in results).most_common())
         if code == 1:
