@@ -186,15 +186,13 @@ def summary(folder: Path, found: dict[str, Record], root: Path) -> str:
     return "\n\n".join(parts).replace("](", f"]({where}/").replace(f"]({where}/{where}/", f"]({where}/")
 
 
-def write_readme(path: Path, text: str) -> None:
-    """Replaces what is between the two markers. Raises ValueError where they are missing."""
-    content = path.read_text(encoding="utf-8")
-    before, start, rest = content.partition(START)
+def around_markers(path: Path) -> tuple[str, str]:
+    """What a README says before and after the generated part. Raises ValueError where the markers are missing."""
+    before, start, rest = path.read_text(encoding="utf-8").partition(START)
     _, end, after = rest.partition(END)
     if not (start and end):
         raise ValueError(f"{path}: it needs a line {START} and, after it, a line {END}")
-    with replaced(path) as partial:
-        partial.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
+    return before, after
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -204,16 +202,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    before, after = ("", "") if args.no_readme else around_markers(args.readme)
     folders = args.folders or sorted(path for path in machine.RESULTS.glob("*") if _paths(path))
     if not folders:
         raise ValueError(f"no records in {machine.RESULTS}; make one with `python -m bench run`")
-    parts = [HOW]
-    for folder in folders:
-        found = write_page(folder)
+    pages = [(folder, write_page(folder)) for folder in folders]
+    for folder, _ in pages:
         print(folder / "README.md")
-        if not args.no_readme:
-            parts.append(summary(folder, found, args.readme.parent))
-    if not args.no_readme:
-        write_readme(args.readme, "\n\n".join(parts))
-        print(args.readme)
+    if args.no_readme:
+        return 0
+    text = "\n\n".join([HOW, *(summary(folder, found, args.readme.parent) for folder, found in pages)])
+    with replaced(args.readme) as partial:
+        partial.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
+    print(args.readme)
     return 0

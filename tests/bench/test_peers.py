@@ -1,0 +1,101 @@
+"""Contestants: ours hold the budget, wrong ones are found out, missing ones say why."""
+
+import math
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import cases, peers
+from bench.cases import OPS, Case, Source
+from bench.peers import CONTESTANTS, Contestant, Unavailable
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_ours_and_a_peer(op):
+    names = [peer.name for peer in CONTESTANTS[op]]
+    assert names[0] == peers.OURS
+    assert len(names) == len(set(names)) >= 2
+
+
+TRUTH = {"y": torch.ones(3, 4, dtype=torch.float64)}
+PLAIN = {"y": torch.ones(3, 4) * 1.01}
+
+
+@pytest.mark.parametrize(
+    ("result", "status", "reason"),
+    [
+        (torch.ones(3, 4) * 1.019, "ok", ""),
+        (torch.ones(3, 4) * 1.05, "wrong", "error 5 times that of plain PyTorch"),
+        (torch.full((3, 4), math.nan), "wrong", "error inf times"),
+        (torch.full((3, 4), math.inf), "wrong", "error inf times"),
+        (torch.ones(3, 5), "wrong", r"y has shape \(3, 5\); expected \(3, 4\)"),
+    ],
+)
+def test_verdict(result, status, reason):
+    found, why, _ = peers.verdict({"y": result}, TRUTH, PLAIN)
+    assert found == status
+    assert re.search(reason, why) if reason else not why
+
+
+def test_verdict_of_other_results():
+    assert peers.verdict({"dx": TRUTH["y"]}, TRUTH, PLAIN)[1] == "it returns dx; expected y"
+
+
+def test_exact_plain_results_leave_no_room_for_errors():
+    assert peers.verdict({"y": TRUTH["y"] * 1.001}, TRUTH, TRUTH)[0] == "wrong"
+    assert peers.verdict(TRUTH, TRUTH, TRUTH)[0] == "ok"
+
+
+def test_missing_package():
+    peer = Contestant("x", "no_such_package", lambda case, w: None)
+    with pytest.raises(Unavailable, match="no_such_package is not installed"):
+        peer.entry(None, None)
+
+
+def test_rows_that_an_entry_takes():
+    entry = peers.Entry(lambda rows: None, least_rows=17, most_rows=64)
+    assert entry.refusal(16) == "it takes M >= 17 only"
+    assert "above M = 64" in entry.refusal(65)
+    assert entry.refusal(64) == "" == entry.refusal(None)
+
+
+def test_uniform_int4_is_as_good_as_15_steps_can_be():
+    w = torch.randn(8, 128, dtype=torch.bfloat16)
+    codes, scales, decoded = peers.uniform_int4(w, 64)
+    assert codes.min() >= 0 and codes.max() <= 15 and scales.shape == (2, 8, 2)
+    step = scales[..., 0].t().repeat_interleave(64, 1).double()
+    assert ((decoded - w.double()).abs() <= 0.6 * step + 0.02).all()
+
+
+def test_a_step_returns_the_gradients():
+    weight = torch.randn(4, 3, requires_grad=True)
+    rows = SimpleNamespace(x=torch.randn(5, 3), dy=torch.randn(5, 4))
+    y, dx, dw = peers.step(lambda x: x @ weight.t(), (weight,))(rows)
+    assert torch.equal(dx, rows.dy @ weight) and torch.allclose(dw, rows.dy.t() @ rows.x)
+    assert torch.equal(y, rows.x @ weight.t()) and rows.x.grad is None
+
+
+def test_backends_on_request_say_why_they_are_not_measured():
+    case = Case("dequantize_4bit", (8, 64), torch.bfloat16)
+    weights = cases.make_weights(case, Source("cpu"))
+    (triton,) = (peer for peer in CONTESTANTS[case.op] if peer.name == "quantlib, triton")
+    with pytest.raises(Unavailable, match="serves cuda tensors, not cpu"):
+        triton.entry(case, weights)
+
+
+@pytest.mark.parametrize("op", peers._KERNELS)
+def test_a_backend_on_request_would_be_called_rightly(op, monkeypatch):
+    """The same way as that of the CUDA and Triton kernels, with the CPU's."""
+    backend = SimpleNamespace(
+        name="stand-in", ops=(op,), refusal=lambda op, device: "", kernel=peers.backends._registered
+    )
+    monkeypatch.setattr(peers, "CONTESTANTS", {op: []})
+    peers._on_request(backend)
+    case = Case(op, (32, 64), torch.bfloat16, 5 if OPS[op].rows else None)
+    w = cases.make_weights(case, Source("cpu"))
+    rows = OPS[op].rows(case, Source("cpu", 1)) if OPS[op].rows else SimpleNamespace()
+    entry = peers.CONTESTANTS[op][0].entry(case, w)
+    found = peers.verdict(entry.results(entry.run(rows)), OPS[op].truth(w, rows), OPS[op].plain(w, rows))
+    assert found[:2] == ("ok", "")
