@@ -424,6 +424,11 @@ def _layers(op: str, shapes, rows, dtype=BF16, backward=(False, True), **rest) -
                 yield Case(op, shape, dtype, m, way, **rest)
 
 
+def _embedding(*rows: int) -> Iterator[Case]:
+    """Warm: copies of a table this large would be gigabytes."""
+    return _layers("embedding_4bit", (MODELS["Mixtral 8x7B"]["embedding"],), rows, backward=(False,), cache="warm")
+
+
 def _quick(device: str) -> Iterator[Case]:
     """Seconds: every op once, forward and backward."""
     for op, entry in OPS.items():
@@ -447,7 +452,7 @@ def _default_cpu(device: str) -> Iterator[Case]:
         yield from _layers(op, (up, down), (64, 256, 1024), backward=(True,))
     yield from _layers("linear_4bit", (square,), (1, 64, 256), torch.float32, (False,), cache="warm")
     yield from _layers("linear_4bit", (square,), (1, 16), torch.float16, (False,), cache="warm")
-    yield from _layers("embedding_4bit", ((32000, 4096),), (1, 64, 1024), backward=(False,))
+    yield from _embedding(1, 64, 1024)
     for op in ("lora_linear_4bit", "lora_linear_int8"):
         yield from _layers(op, (square,), (16, 128, 1024), backward=(True,), cache="warm")
         yield from _layers(op, (up,), (256,), backward=(True,))
@@ -463,7 +468,7 @@ def _default_cuda(device: str) -> Iterator[Case]:
     yield from _layers("linear_int8", ((4096, 4096), (8192, 28672)), (1, 16, 256, 2048, 8192))
     yield from _layers("lora_linear_4bit", ((4096, 4096), (14336, 4096)), (2048, 8192), backward=(True,))
     yield from _layers("lora_linear_int8", ((4096, 4096),), (2048, 8192), backward=(True,))
-    yield from _layers("embedding_4bit", ((32000, 4096),), (1, 1024, 16384), backward=(False,))
+    yield from _embedding(1, 1024, 16384)
     yield from _layers(
         "linear_4bit", llama8[1:] + llama70[:2], (1, 4, 16, 64, 256, 1024, 4096, 16384), backward=(False,)
     )
@@ -480,7 +485,7 @@ def _full(device: str) -> Iterator[Case]:
                 yield Case(op, shape, dtype)
     for op in ("linear_4bit", "linear_int8", "lora_linear_4bit", "lora_linear_int8"):
         yield from _layers(op, layers, rows)
-    yield from _layers("embedding_4bit", ((32000, 4096),), rows, backward=(False,))
+    yield from _embedding(*rows)
 
 
 def suite(name: str, device: str) -> list[Case]:

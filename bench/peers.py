@@ -325,7 +325,8 @@ def _bnb_int8(bnb: ModuleType, weight: Tensor) -> nn.Module:
     layer = bnb.nn.Linear8bitLt(
         *reversed(weight.shape), bias=False, has_fp16_weights=False, threshold=THRESHOLD, device="meta"
     )
-    layer.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
+    source = weight.to("cpu", copy=True)  # it quantizes on the way from the CPU only
+    layer.weight = bnb.nn.Int8Params(source, requires_grad=False, has_fp16_weights=False)
     return layer.to(weight.device)
 
 
@@ -449,6 +450,30 @@ def _(case, w):
 def _(case, w):
     """The layer that is not quantized, in the same dtype."""
     return layer_entry(case, _frozen(w.decoded))
+
+
+@contestant("embedding_4bit", "torch")
+def _(case, w):
+    return Entry(lambda rows: F.embedding(rows.indices, w.decoded), _one("rows"))
+
+
+@contestant(("quantize_int8", "quantize_int8_columns"), "torch, op by op")
+def _(case, w):
+    dim = 0 if case.op.endswith("columns") else -1
+
+    def run(rows):
+        absmax = w.w.abs().amax(dim).float()
+        return (w.w.float() * (127 / absmax).unsqueeze(dim)).round().to(torch.int8), absmax
+
+    def results(output):
+        return {"decoded": reference.dequantize_int8(*output, dim, None, torch.float64)}
+
+    return Entry(run, results)
+
+
+@contestant("dequantize_int8", "torch, op by op")
+def _(case, w):
+    return Entry(lambda rows: (w.q.values.float() * (w.q.absmax / 127)[:, None]).to(case.dtype), _one("w"))
 
 
 @contestant("linear_4bit", "torch, float32")

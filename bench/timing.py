@@ -121,20 +121,28 @@ def _timer(device: torch.device | str) -> _Cpu | _Cuda:
 
 
 def _capture(calls: Sequence[Call]) -> tuple[Call, int]:
-    """A replay of a CUDA graph that holds every call, and how many calls those are."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # lazy set-up must not happen during capture
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
+    """A replay of a CUDA graph that holds every call, and how many calls those are.
+
+    Without `torch.cuda.graph`, which leaves its stream in force when a capture fails.
+    """
     repeats = -(-GRAPH_CALLS // len(calls))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            for call in calls:
-                call()
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:  # lazy set-up must not happen during capture
+            call()
+        torch.cuda.synchronize()
+        graph.capture_begin()
+        try:
+            for _ in range(repeats):
+                for call in calls:
+                    call()
+        except RuntimeError:
+            with suppress(RuntimeError):  # says only that there was an error
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(side)
     return graph.replay, repeats * len(calls)
 
 
