@@ -40,6 +40,12 @@ def test_an_explicit_choice_never_falls_back():
         backends.kernel("dropout", torch.device("cuda"))
 
 
+def test_shapes_are_inferred_under_any_backend():
+    """A layer on the meta device is how every conversion begins."""
+    with quantlib.use_backend("reference"):
+        assert quantlib.Linear4bit(64, 64, device="meta").weight.shape == (2048, 1)
+
+
 def test_unknown_names():
     with pytest.raises(ValueError, match="unknown backend 'gpu'; allowed: auto, cpu, "):
         quantlib.use_backend("gpu")
