@@ -39,17 +39,19 @@ from qlora.model import choose_dtype
 
 # Against float32: what 16-bit arithmetic may differ by. Gradients and logits as relative distance, all together.
 TOLERANCES = {"loss": 0.02, "gradients": 0.1, "logits": 0.1}
+KEY = ("task", "sequence", "batch", "checkpointing")
 Row = dict[str, object]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing to time: a training step, or one generated token after `sequence` others."""
+    """One thing to time: a training step, or one generated token after `sequence` others; split: by kind of work."""
 
     task: str
     sequence: int
     batch: int = 1
     checkpointing: bool = False
+    split: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Truth:
-    """What the float32 model computes: loss, gradient of each adapter by name, logits of a generated token."""
+    """What the float32 model computes: loss, gradient of each adapter by name, logits of a generated token.
+
+    A contestant whose generation is not looked at has no logits.
+    """
 
     loss: float
     gradients: dict[str, Tensor]
-    logits: Tensor
+    logits: Tensor | None
 
 
 class Runner:
@@ -168,7 +173,7 @@ class Runner:
         self.start()
         loss, gradients = self.gradients(ids)
         on_cpu = {name: gradient.float().cpu() for name, gradient in gradients.items()}
-        return Truth(loss, on_cpu, self.decode(ids)().float().cpu())
+        return Truth(loss, on_cpu, self.decode(ids)().float().cpu() if self.contestant.decodes else None)
 
 
 def distances(found: Truth, truth: Truth) -> dict[str, float]:
@@ -179,22 +184,21 @@ def distances(found: Truth, truth: Truth) -> dict[str, float]:
     for name, gradient in truth.gradients.items():
         for i, part in enumerate((found.gradients[name] - gradient, gradient)):
             squares[i] += part.double().square().sum()
-    logits = (found.logits - truth.logits).norm() / truth.logits.norm()
-    return {
-        "loss": abs(found.loss - truth.loss),
-        "gradients": (squares[0] / squares[1]).sqrt().item(),
-        "logits": logits.item(),
-    }
+    errors = {"loss": abs(found.loss - truth.loss), "gradients": (squares[0] / squares[1]).sqrt().item()}
+    if found.logits is not None:
+        errors["logits"] = ((found.logits - truth.logits).norm() / truth.logits.norm()).item()
+    return errors
 
 
 def complaint(errors: dict[str, float]) -> str:
     """What is out of tolerance, NaN too; "" if nothing is."""
-    wrong = [name for name, limit in TOLERANCES.items() if not errors[name] <= limit]
+    wrong = [name for name, error in errors.items() if not error <= TOLERANCES[name]]
     return "; ".join(f"{name} off by {errors[name]:.3g}, allowed {TOLERANCES[name]:g}" for name in wrong)
 
 
 def _row(cell: Cell, name: str, status: str, reason: str = "", **values: object) -> Row:
-    return {**asdict(cell), "peer": name, "status": status, "reason": reason, **values}
+    where = {key: getattr(cell, key) for key in KEY}
+    return {**where, "peer": name, "status": status, "reason": reason, **values}
 
 
 def _first_line(error: BaseException) -> str:
@@ -236,7 +240,7 @@ def measure_cell(runners: Sequence[Runner], cell: Cell) -> list[Row]:
             rows.append(_row(cell, name, "wrong", "the result is not finite after the timed calls"))
             continue
         rows.append(_row(cell, name, "ok", **seen[name], **_values(runner, cell, times[name])))
-        if cell.task == "train":
+        if cell.split:
             rows[-1]["split"] = split(runner.model, calls[name], s.device, RANK, s.shape.vocab)
     return rows
 
@@ -276,13 +280,17 @@ def work(shape: Shape, cell: Cell) -> dict[str, int]:
 
 def measure_alone(runner: Runner, cells: Sequence[Cell]) -> list[Row]:
     """Rows of one contestant that has the memory to itself; a cell that does not fit is a failure."""
-    rows = []
+    rows, name = [], runner.contestant.name
     for cell in cells:
+        if cell.task == "decode" and not runner.contestant.decodes:
+            rows.append(_row(cell, name, "unavailable", "its generation is not measured"))
+            continue
         try:
             rows += measure_cell([runner], cell)
+            continue
         except torch.OutOfMemoryError:
-            rows.append(_row(cell, runner.contestant.name, "failed", "out of memory"))
-            runner.release()
+            rows.append(_row(cell, name, "failed", "out of memory"))
+        runner.release()  # after the handler, whose traceback keeps tensors alive
     runner.release()
     return rows
 
@@ -327,7 +335,7 @@ def _median(values: Iterable[float]) -> float:
 
 def _agree(row: Row, rows: Sequence[Row]) -> None:
     loss, norm = (_median(other[name] for other in rows) for name in ("loss", "gradient_norm"))
-    errors = {"loss": abs(row["loss"] - loss), "gradients": abs(row["gradient_norm"] / norm - 1), "logits": 0.0}
+    errors = {"loss": abs(row["loss"] - loss), "gradients": abs(row["gradient_norm"] / norm - 1)}
     if found := complaint(errors):
         row |= {"status": "wrong", "reason": f"{found}, from the contestants' median"}
         for name in ("median", "p20", "p80", "host", "tokens_per_second", "split"):
@@ -335,7 +343,7 @@ def _agree(row: Row, rows: Sequence[Row]) -> None:
 
 
 def _key(row: Row) -> tuple:
-    return tuple(row[name] for name in Cell.__dataclass_fields__)
+    return tuple(row[name] for name in KEY)
 
 
 def run(
@@ -407,9 +415,16 @@ def _unsloth(settings: Settings, truth: Truth) -> list[Row]:
     return [_row(cell, model_unsloth.NAME, status, reason) for cell in settings.cells]
 
 
-def cells(sequences: Sequence[int], decode_after: int, batch: int = 1) -> tuple[Cell, ...]:
-    """Training at each length with and without gradient checkpointing, and generation, last: see `admit`."""
-    training = [Cell("train", sequence, batch, on) for sequence in sequences for on in (True, False)]
+def cells(sequences: Sequence[int], decode_after: int, batch: int = 1, split_all: bool = False) -> tuple[Cell, ...]:
+    """Training at each length with and without gradient checkpointing, and generation, last: see `admit`.
+
+    A profile of a large model takes longer to read than everything else to measure: by default, of the longest only.
+    """
+    training = [
+        Cell("train", sequence, batch, on, split_all or sequence == max(sequences))
+        for sequence in sorted(sequences)
+        for on in (True, False)
+    ]
     return (*training, Cell("decode", decode_after))
 
 
@@ -419,6 +434,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, for little memory")
     parser.add_argument("--sequence", type=int, nargs="+", help="default: 512 to 8192 on a GPU, 512 and 2048 on a CPU")
     parser.add_argument("--batch", type=int, default=1, help="sequences per training step (default 1)")
+    parser.add_argument("--split-all", action="store_true", help="time by kind of work at every length")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU where there is one")
     parser.add_argument("--seconds", type=float, help="per contestant and row; every row has at least 3 rounds")
     parser.add_argument("--budget", type=float, help="stop after so many seconds, with what there is")
@@ -437,7 +453,7 @@ def settings(args: argparse.Namespace) -> Settings:
     sequences = args.sequence or ([32] if args.quick else [512, 1024, 2048, 4096, 8192] if cuda else [512, 2048])
     seconds = args.seconds if args.seconds is not None else 0.0 if args.quick else 3.0
     rounds, check = (1, 16) if args.quick else (3, 128)
-    plan = cells(sorted(sequences), min(sequences[0], 512), args.batch)
+    plan = cells(sequences, min(*sequences, 512), args.batch, args.split_all)
     return Settings(shape, device, choose_dtype("auto", device), plan, seconds, rounds, check)
 
 

@@ -151,6 +151,7 @@ class Contestant:
     casts: PEFT's `prepare_model_for_kbit_training`, which turns every 16-bit parameter into float32.
     float32: everything is computed in float32, on the values of the 16-bit model.
     autocast: whether it is run under autocast, as transformers' Trainer with bf16=True does.
+    decodes: whether its generation is measured.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Contestant:
     casts: bool = False
     float32: bool = False
     autocast: bool = True
+    decodes: bool = True
 
     def missing(self, device: torch.device) -> str:
         """Why it cannot run on `device`; "" if it can."""

@@ -7,6 +7,7 @@ folder with bitsandbytes' 4-bit weights, which is written here first.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -69,7 +70,7 @@ class Unsloth(Contestant):
         from unsloth import FastLanguageModel
 
         model, _ = FastLanguageModel.from_pretrained(
-            self.folder, max_seq_length=self.length, dtype=dtype, load_in_4bit=True, local_files_only=True
+            self.folder, max_seq_length=self.length, dtype=dtype, load_in_4bit=True
         )
         return FastLanguageModel.get_peft_model(
             model,
@@ -94,7 +95,7 @@ def child(folder: str) -> None:
 
     settings, truth = pickle.loads((Path(folder) / "task.pickle").read_bytes())
     length = max(cell.sequence for cell in settings.cells) + 1024
-    contestant = Unsloth(NAME, _bitsandbytes, folder=folder, length=length)
+    contestant = Unsloth(NAME, _bitsandbytes, decodes=False, folder=folder, length=length)
     runner, rows, _ = model.admit(contestant, settings, truth)
     rows = rows or model.measure_alone(runner, settings.cells)
     (Path(folder) / "rows.json").write_text(json.dumps(rows))
@@ -115,9 +116,8 @@ def measure(settings: Settings, truth: Truth, command: str = COMMAND) -> list[Ro
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
         (Path(folder) / "task.pickle").write_bytes(pickle.dumps((settings, truth)))
-        done = subprocess.run(
-            [sys.executable, "-c", command, folder], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+        offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run([sys.executable, "-c", command, folder], capture_output=True, env=offline)
         if done.returncode:
             last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
             raise RuntimeError(f"its process ended with code {done.returncode}: {last}")
