@@ -40,7 +40,8 @@ def _style(peer: str) -> dict:
         return {"color": "black", "linewidth": 2.2, "marker": "o", "markersize": 5, "zorder": 3}
     names = [p.name for op in CONTESTANTS.values() for p in op if p.name != OURS]
     index = list(dict.fromkeys(names)).index(peer) if peer in names else 0
-    return {"color": f"C{index % 10}", "linewidth": 1.2, "marker": _MARKERS[index % 10], "markersize": 4}
+    marker = _MARKERS[(index + index // 10) % 10]  # after ten, colours come again with another marker
+    return {"color": f"C{index % 10}", "linewidth": 1.2, "marker": marker, "markersize": 4}
 
 
 def _panels(entries: Iterable[dict]) -> dict[tuple, list[dict]]:
@@ -51,6 +52,16 @@ def _panels(entries: Iterable[dict]) -> dict[tuple, list[dict]]:
             key = (tuple(e["shape"]), e["dtype"], e["backward"], e["cache"], e["device"])
             panels.setdefault(key, []).append(e)
     return panels
+
+
+MOST_PANELS = 4
+
+
+def _fullest(panels: dict[tuple, list[dict]]) -> dict[tuple, list[dict]]:
+    """The panels with the most numbers of rows, in their order."""
+    counts = {panel: len({e["m"] for e in entries}) for panel, entries in panels.items()}
+    chosen = sorted(panels, key=lambda panel: -counts[panel])[:MOST_PANELS]
+    return {panel: entries for panel, entries in panels.items() if panel in chosen}
 
 
 def _label(panel: tuple) -> str:
@@ -112,16 +123,16 @@ def _bars(op: str, entries: Sequence[dict], path: Path) -> Path:
     return _save(figure, path)
 
 
-def draw(record: Record, folder: Path) -> dict[str, Path]:
-    """One PNG per op in `folder`, by op; ops without a right result have none."""
+def draw(record: Record, folder: Path) -> dict[tuple[str, bool], Path]:
+    """A PNG in `folder` per op and direction, by (op, backward); none where nothing was right."""
     drawn = {}
-    for op in dict.fromkeys(e["op"] for e in record["results"]):
-        entries = [e for e in record["results"] if e["op"] == op and e["status"] == "ok"]
-        path = folder / f"{op}.png"
+    for op, backward in dict.fromkeys((e["op"], e["backward"]) for e in record["results"]):
+        entries = [e for e in record["results"] if (e["op"], e["backward"]) == (op, backward) and e["status"] == "ok"]
+        path = folder / f"{op}{'_backward' if backward else ''}.png"
         if panels := _panels(entries):
-            drawn[op] = _against_rows(op, panels, path)
+            drawn[op, backward] = _against_rows(op, _fullest(panels), path)
         elif entries:
-            drawn[op] = _bars(op, entries, path)
+            drawn[op, backward] = _bars(op, entries, path)
     return drawn
 
 

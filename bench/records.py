@@ -10,7 +10,8 @@
 An entry of kind "ops" holds the fields of its case (op, shape, m, dtype, backward, cache, model), its cost (bytes,
 operations) and its contestant (peer, version), then status: "ok", "wrong", "unavailable" or "failed", with a reason
 for all but the first. Only "ok" has times, in seconds (median, p20, p80, host, graph), peak_memory in bytes, limit
-(the fraction of the machine's limit reached) and ratio, this contestant's time over ours.
+(the fraction of the machine's limit reached) and ratio, this contestant's time over ours. Such a record also has
+crashed, cases during which the process ended, and, during a run, running.
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ def about(record: Record) -> str:
     found = record["machine"]
     commit = (found["commit"]["hash"] or "unknown")[:12] + (" and changes" if found["commit"]["dirty"] else "")
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    threads = f"{found['cpu']['threads']} threads"
-    return f"{found['name']}, {threads}; commit {commit}, {record['started'][:10]}; {versions}."
+    state = f"{found['cpu']['threads']} threads, load {found['cpu']['load']} at the start"
+    return f"{found['name']}, {state}; commit {commit}, {record['started'][:10]}; {versions}."
 
 
 def _title(op: str, backward: bool) -> str:
@@ -122,16 +122,23 @@ def ops_page(record: Record, folder: Path) -> str:
             rows = [e for e in record["results"] if e["op"] == op and e["backward"] == backward]
             if rows:
                 parts += [f"## {_title(op, backward)}", f"{entry.what[0].upper()}{entry.what[1:]}.", op_table(rows)]
-        if op in pictures:
-            parts.append(f"![{op}]({pictures[op].name})")
-    reasons = dict.fromkeys(
-        f"- {_title(e['op'], e['backward'])}, {e['peer']}: {e['status']}, {e['reason']}"
-        for e in record["results"]
-        if e["status"] != "ok"
-    )
-    if reasons:
-        parts += ["## Not measured, or wrong", "\n".join(reasons)]
+            if picture := pictures.get((op, backward)):
+                parts.append(f"![{_title(op, backward)}]({picture.name})")
+    if gaps := _gaps(record):
+        parts += ["## Not measured, or wrong", gaps]
     return "\n\n".join(parts)
+
+
+def _gaps(record: Record) -> str:
+    """Who has no number where, and why."""
+    where: dict[tuple[str, str, str], dict[str, None]] = {}
+    for e in record["results"]:
+        if e["status"] != "ok":
+            place = f"{_title(e['op'], e['backward'])} {e['dtype']}"
+            where.setdefault((e["peer"], e["status"], e["reason"]), {})[place] = None
+    lines = [f"- {peer}, {status}: {reason} ({'; '.join(ops)})" for (peer, status, reason), ops in where.items()]
+    lines += [f"- {case}: the process ended while this was measured" for case in record.get("crashed", ())]
+    return "\n".join(lines)
 
 
 def ops_section(record: Record, folder: Path) -> str:

@@ -7,7 +7,7 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
@@ -146,11 +146,16 @@ def prepare(group: Case, args: argparse.Namespace) -> tuple[list[SimpleNamespace
     return weights, build(group, weights, _contestants(group.op, args.peers))
 
 
-def measure_all(selected: Sequence[Case], args: argparse.Namespace, limit: dict) -> Iterator[tuple[Case, list[dict]]]:
-    """The entries of each case; weights and contestants are built once per group."""
-    for group, members in groupby(selected, key=lambda case: case.group):
+def measure_all(
+    selected: Sequence[Case], args: argparse.Namespace, limit: dict, begin: Callable[[Case], None]
+) -> Iterator[tuple[Case, list[dict]]]:
+    """The entries of each case, before which `begin` is called; weights and contestants are built once per group."""
+    for group, together in groupby(selected, key=lambda case: case.group):
+        members = list(together)
+        begin(members[0])
         weights, built = prepare(group, args)
         for case in members:
+            begin(case)
             yield case, measure(case, built, weights, args, limit)
         del weights, built
         gc.collect()
@@ -185,16 +190,30 @@ def main(args: argparse.Namespace) -> int:
         record = records.read(path)
         if record["machine"]["commit"] != machine.commit() or record["machine"]["name"] != machine.name():
             raise ValueError(f"{path} is of another commit or machine; run without --resume")
+    crashed = record.setdefault("crashed", [])
+    if "running" in record:
+        crashed.append(record.pop("running"))
     done = {records.case_key(entry) for entry in record["results"]}
-    selected = [case for case in selected if records.case_key({**case.fields(), "device": args.device}) not in done]
+    fields = {case: case.fields() | {"device": args.device} for case in selected}
+    selected = [case for case in selected if records.case_key(fields[case]) not in done and str(case) not in crashed]
     limit = record["limits"].setdefault(args.device, {})
     if not limit:
         limit |= limits.measure(args.device, args.quick)
         print(", ".join(f"{name} {value}" for name, value in limits.text(limit)), flush=True)
+    busy = record["machine"]["cpu"]["load"]
+    if busy > 0.5:
+        print(f"This machine was busy when the run began (load {busy}): the numbers will be of little use", flush=True)
+
+    def begin(case: Case) -> None:
+        """If a library ends the process, --resume leaves this case out."""
+        record["running"] = str(case)
+        records.write(path, record)
+
     measured = 0
-    for case, entries in measure_all(selected, args, limit):
+    for case, entries in measure_all(selected, args, limit, begin):
         print("\n".join(_summary(case, entries)), flush=True)
         record["results"] += entries
+        del record["running"]
         records.write(path, record)
         measured += 1
         if time.monotonic() > deadline:
@@ -204,5 +223,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"{entry['op']} M={entry['m']}: {entry['peer']} {entry['status']}: {entry['reason']}", file=sys.stderr)
     if measured < len(selected):
         print(f"The budget ended the run after {measured} of {len(selected)} cases; --resume continues")
+    for case in crashed:
+        print(f"{case}: the process ended while this was measured", file=sys.stderr)
     print(f"{len(record['results'])} results in {path}")
-    return 1 if bad else 0
+    return 1 if bad or crashed else 0

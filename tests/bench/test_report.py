@@ -85,6 +85,7 @@ def test_targets_of_bandwidth(recorded):
 
 def test_page_and_readme(folder, recorded, tmp_path):
     recorded["results"][0].update(status="wrong", reason="error 9 times")
+    recorded["crashed"] = ["linear_4bit 1x1"]
     (folder / "ops.json").write_text(json.dumps(recorded))
     readme = tmp_path / "README.md"
     readme.write_text(README)
@@ -93,7 +94,8 @@ def test_page_and_readme(folder, recorded, tmp_path):
     assert (
         text.startswith("# Title\n\nbefore\n\n") and text.endswith(f"{report.END}\n\nafter\n") and "stale" not in text
     )
-    assert f"- {recorded['results'][0]['op']}, {recorded['results'][0]['peer']}: wrong, error 9 times" in page
+    assert f"- {recorded['results'][0]['peer']}, wrong: error 9 times ({recorded['results'][0]['op']} bfloat16)" in page
+    assert "- linear_4bit 1x1: the process ended" in page
     for name, _ in limits.text(recorded["limits"]["cpu"]):
         assert f"| {name} |" in page
     links = [tmp_path / link for link in re.findall(r"\]\((.+?)\)", text)]

@@ -51,6 +51,20 @@ def test_resuming_measures_what_is_missing(tmp_path, monkeypatch, capsys):
     assert "of another commit or machine" in capsys.readouterr().err
 
 
+def test_a_case_that_ended_the_process_is_left_out_the_next_time(tmp_path, contestants, capsys):
+    def ends(case, w):
+        raise KeyboardInterrupt
+
+    contestants["quantize_int8"].append(peers.Contestant("ends", None, ends))
+    with pytest.raises(KeyboardInterrupt):
+        bench("--ops", "quantize_int8,dequantize_int8", "--out", tmp_path)
+    assert records.read(tmp_path / "ops.json")["running"] == "quantize_int8 128x256 bfloat16 cold"
+    assert bench("--ops", "quantize_int8,dequantize_int8", "--out", tmp_path, "--resume") == 1
+    assert "quantize_int8 128x256 bfloat16 cold: the process ended" in capsys.readouterr().err
+    record = records.read(tmp_path / "ops.json")
+    assert "running" not in record and {e["op"] for e in record["results"]} == {"dequantize_int8"}
+
+
 def test_only_some_rows_and_peers(tmp_path):
     assert bench("--ops", "linear_4bit", "--rows", "5", "--peers", "int4", "--out", tmp_path) == 0
     results = records.read(tmp_path / "ops.json")["results"]
