@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from bench.model_contestants import ALPHA, RANK, Contestant, Shape, _bitsandbytes, build
 
 if TYPE_CHECKING:
-    from bench.model import Row, Settings, Truth
+    from bench.model import Row
+    from bench.model_runner import Settings, Truth
 
 NAME = "Unsloth"
 # Unsloth asks to be imported before the libraries that it changes.
