@@ -12,9 +12,9 @@ def pytest_addoption(parser):
 def pytest_generate_tests(metafunc):
     """One test per case and contestant, those of a group together: its weights are built once."""
     if {"case", "contestant"} <= set(metafunc.fixturenames):
-        from bench import cases, peers
+        from bench import peers, suites
 
         config = metafunc.config
-        chosen = cases.suite(config.getoption("--suite"), config.getoption("--bench-device"))
+        chosen = suites.suite(config.getoption("--suite"), config.getoption("--bench-device"))
         pairs = [(case, peer) for case in chosen for peer in peers.CONTESTANTS[case.op]]
         metafunc.parametrize("case, contestant", pairs, ids=[f"{case}, {peer.name}" for case, peer in pairs])

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from bench import machine
-from bench.cases import Case, Cost
+from bench.cases import Cost
+from bench.inputs import Case
 
 Limits = dict[str, float]
 

@@ -15,8 +15,9 @@ from types import SimpleNamespace
 
 import torch
 
-from bench import cases, limits, machine, peers, records, timing
-from bench.cases import OPS, Case, Source
+from bench import cases, limits, machine, peers, records, suites, timing
+from bench.cases import OPS
+from bench.inputs import Case, Source, copied
 from bench.peers import OURS, Contestant, Entry, Unavailable
 
 MOST_COPIES = 16
@@ -81,7 +82,7 @@ def measure(
     count = min(copies(case, device), len(weights))
     source = Source(device, seed=1)
     rows = [op.rows(case, source) if op.rows else SimpleNamespace()]
-    rows += [cases.copied(rows[0]) for _ in range(count - 1)]
+    rows += [copied(rows[0]) for _ in range(count - 1)]
     with torch.set_grad_enabled(case.backward):
         found = check(case, built, weights[0], rows[0])
         right = [name for name, result in found.items() if result["status"] == "ok"]
@@ -95,7 +96,7 @@ def measure(
     for peer in peers.CONTESTANTS[case.op]:
         if peer.name not in found:
             continue
-        entry = {**case.fields(), "device": device.type, "layer": cases.layer_name(case.shape), "peer": peer.name}
+        entry = {**case.fields(), "device": device.type, "layer": suites.layer_name(case.shape), "peer": peer.name}
         entry |= {"version": peers.package_version(peer), **found[peer.name]}
         entry |= {"read": cost.read, "written": cost.written, "operations": dict(cost.operations)}
         if peer.name in times:
@@ -125,7 +126,7 @@ def _summary(case: Case, entries: Sequence[dict]) -> Iterator[str]:
 
 
 def _selected(args: argparse.Namespace) -> list[Case]:
-    chosen = cases.suite("quick" if args.quick else args.suite, args.device)
+    chosen = suites.suite("quick" if args.quick else args.suite, args.device)
     for name in args.ops or ():
         if name not in OPS:
             raise ValueError(f"--ops: unknown op {name!r}; allowed: {', '.join(OPS)}")
@@ -142,7 +143,7 @@ def prepare(group: Case, args: argparse.Namespace) -> tuple[list[SimpleNamespace
     first = cases.make_weights(group, Source(device))
     weights = [first]
     for _ in range(copies(group, device) - 1):
-        weights.append(cases.copied(SimpleNamespace(**{k: v for k, v in vars(first).items() if k != "exact"})))
+        weights.append(copied(SimpleNamespace(**{k: v for k, v in vars(first).items() if k != "exact"})))
     return weights, build(group, weights, _contestants(group.op, args.peers))
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from bench import cases, peers, timing
-from bench.cases import OPS, Case, Source
+from bench.cases import OPS
+from bench.inputs import Case, Source
 
 
 @functools.lru_cache(maxsize=1)

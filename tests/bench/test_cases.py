@@ -5,15 +5,16 @@ from itertools import groupby
 import pytest
 import torch
 
-from bench import cases
-from bench.cases import OPS, Case, Source
-from bench.peers import share
+from bench import inputs, suites
+from bench.cases import OPS, make_weights
+from bench.contest import share
+from bench.inputs import Case, Source
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("name", ["quick", "default", "full"])
 def test_suites_name_each_case_once_and_keep_groups_together(name, device):
-    chosen = cases.suite(name, device)
+    chosen = suites.suite(name, device)
     assert len({str(case) for case in chosen}) == len(chosen)
     groups = [group for group, _ in groupby(chosen, key=lambda case: case.group)]
     assert name != "full" or len(groups) == len(set(groups))
@@ -25,20 +26,20 @@ def test_suites_name_each_case_once_and_keep_groups_together(name, device):
 
 def test_unknown_suite():
     with pytest.raises(ValueError, match="suite is 'all'; allowed: quick, default, full"):
-        cases.suite("all", "cpu")
+        suites.suite("all", "cpu")
 
 
 def test_shapes_of_real_models():
-    assert cases.layer_name((28672, 8192)) == "Llama-3 70B gate, up"
-    assert cases.layer_name((7, 7)) == ""
-    full = cases.suite("full", "cuda")
+    assert suites.layer_name((28672, 8192)) == "Llama-3 70B gate, up"
+    assert suites.layer_name((7, 7)) == ""
+    full = suites.suite("full", "cuda")
     assert {m for m in (case.m for case in full) if m} == {1, 4, 16, 64, 256, 1024, 4096, 16384}
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_plain_pytorch_is_the_unit_of_error(op):
     case = Case(op, (64, 128), torch.bfloat16, 5 if OPS[op].rows else None, OPS[op].backward)
-    weights = cases.make_weights(case, Source("cpu"))
+    weights = make_weights(case, Source("cpu"))
     rows = OPS[op].rows(case, Source("cpu", 1)) if OPS[op].rows else None
     truth, plain = OPS[op].truth(weights, rows), OPS[op].plain(weights, rows)
     assert all(value.dtype == torch.float64 for value in truth.values())
@@ -51,24 +52,24 @@ def test_plain_pytorch_is_the_unit_of_error(op):
 
 def test_the_gradients_in_the_truth_are_those_of_autograd():
     case = Case("lora_linear_4bit", (24, 64), torch.float32, 7, backward=True)
-    w, rows = cases.make_weights(case, Source("cpu")), cases._rows(case, Source("cpu", 1))
+    w, rows = make_weights(case, Source("cpu")), inputs.rows_of(case, Source("cpu", 1))
     x, A, B = (t.double().requires_grad_() for t in (rows.x, w.A, w.B))
-    y = x @ w.exact.t() + cases.SCALING * (x @ A.t() @ B.t())
+    y = x @ w.exact.t() + inputs.SCALING * (x @ A.t() @ B.t())
     dx, dA, dB = torch.autograd.grad(y, (x, A, B), rows.dy.double())
     for name, expected in {"y": y.detach(), "dx": dx, "dA": dA, "dB": dB}.items():
-        torch.testing.assert_close(cases.OPS[case.op].truth(w, rows)[name], expected)
+        torch.testing.assert_close(OPS[case.op].truth(w, rows)[name], expected)
 
 
 def test_outliers_are_planted():
     case = Case("linear_int8", (16, 64), torch.bfloat16, 3)
     rows = OPS["linear_int8"].rows(case, Source("cpu"))
-    large = (rows.x.abs() >= cases.THRESHOLD).any(0)
-    assert large[0] and large.sum() <= cases.OUTLIER_COLUMNS
+    large = (rows.x.abs() >= inputs.THRESHOLD).any(0)
+    assert large[0] and large.sum() <= inputs.OUTLIER_COLUMNS
 
 
 def test_copies_share_no_memory():
-    weights = cases.make_weights(Case("linear_4bit", (8, 64), torch.bfloat16), Source("cpu"))
-    copy = cases.copied(weights)
+    weights = make_weights(Case("linear_4bit", (8, 64), torch.bfloat16), Source("cpu"))
+    copy = inputs.copied(weights)
     assert torch.equal(copy.q.packed, weights.q.packed) and copy.q.packed.data_ptr() != weights.q.packed.data_ptr()
     assert torch.equal(copy.w, weights.w) and copy.w.data_ptr() != weights.w.data_ptr()
 
@@ -76,8 +77,8 @@ def test_copies_share_no_memory():
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 1000])
 def test_sampled_rows(count):
     rows = torch.arange(count)[:, None]
-    found = cases.sampled(rows)
-    assert len(found) == min(count, cases.SAMPLED_ROWS)
+    found = inputs.sampled(rows)
+    assert len(found) == min(count, inputs.SAMPLED_ROWS)
     assert found[0] == 0 and found[-1] == count - 1 and len(set(found.flatten().tolist())) == len(found)
 
 
@@ -97,4 +98,4 @@ def test_costs():
     cost = OPS["dequantize_int8"].cost(Case("dequantize_int8", (n, k), torch.float32))
     assert (cost.read, cost.written) == (n * k + 4 * n, 4 * n * k)
     lora = OPS["lora_linear_4bit"].cost(Case("lora_linear_4bit", (n, k), torch.bfloat16, m))
-    assert lora.operations["bfloat16"] == 2 * m * n * k + 2 * m * cases.RANK * (n + k)
+    assert lora.operations["bfloat16"] == 2 * m * n * k + 2 * m * inputs.RANK * (n + k)

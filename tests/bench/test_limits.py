@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bench import limits
-from bench.cases import Case, Cost
+from bench.cases import Cost
+from bench.inputs import Case
 
 LIMITS = {"read": 100.0, "copy": 50.0, "cached_read": 1000.0, "cached_copy": 500.0, "bfloat16": 10.0, "int8": 40.0}
 

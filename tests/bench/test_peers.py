@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import cases, peers
-from bench.cases import OPS, Case, Source
+from bench import contest, peers, peers_quantlib, peers_torch
+from bench.cases import OPS, make_weights
+from bench.inputs import Case, Source
 from bench.peers import CONTESTANTS, Contestant, Unavailable
 
 
@@ -63,7 +64,7 @@ def test_rows_that_an_entry_takes():
 
 def test_uniform_int4_is_as_good_as_15_steps_can_be():
     w = torch.randn(8, 128, dtype=torch.bfloat16)
-    codes, scales, decoded = peers.uniform_int4(w, 64)
+    codes, scales, decoded = peers_torch.uniform_int4(w, 64)
     assert codes.min() >= 0 and codes.max() <= 15 and scales.shape == (2, 8, 2)
     step = scales[..., 0].t().repeat_interleave(64, 1).double()
     assert ((decoded - w.double()).abs() <= 0.6 * step + 0.02).all()
@@ -72,30 +73,30 @@ def test_uniform_int4_is_as_good_as_15_steps_can_be():
 def test_a_step_returns_the_gradients():
     weight = torch.randn(4, 3, requires_grad=True)
     rows = SimpleNamespace(x=torch.randn(5, 3), dy=torch.randn(5, 4))
-    y, dx, dw = peers.step(lambda x: x @ weight.t(), (weight,))(rows)
+    y, dx, dw = contest.step(lambda x: x @ weight.t(), (weight,))(rows)
     assert torch.equal(dx, rows.dy @ weight) and torch.allclose(dw, rows.dy.t() @ rows.x)
     assert torch.equal(y, rows.x @ weight.t()) and rows.x.grad is None
 
 
 def test_backends_on_request_say_why_they_are_not_measured():
     case = Case("dequantize_4bit", (8, 64), torch.bfloat16)
-    weights = cases.make_weights(case, Source("cpu"))
+    weights = make_weights(case, Source("cpu"))
     (triton,) = (peer for peer in CONTESTANTS[case.op] if peer.name == "quantlib, triton")
     with pytest.raises(Unavailable, match="serves cuda tensors, not cpu"):
         triton.entry(case, weights)
 
 
-@pytest.mark.parametrize("op", peers._KERNELS)
+@pytest.mark.parametrize("op", peers_quantlib._KERNELS)
 def test_a_backend_on_request_would_be_called_rightly(op, monkeypatch):
     """The same way as that of the CUDA and Triton kernels, with the CPU's."""
     backend = SimpleNamespace(
-        name="stand-in", ops=(op,), refusal=lambda op, device: "", kernel=peers.backends._registered
+        name="stand-in", ops=(op,), refusal=lambda op, device: "", kernel=peers_quantlib.backends._registered
     )
-    monkeypatch.setattr(peers, "CONTESTANTS", {op: []})
-    peers._on_request(backend)
+    monkeypatch.setattr(contest, "CONTESTANTS", {op: []})
+    peers_quantlib._on_request(backend)
     case = Case(op, (32, 64), torch.bfloat16, 5 if OPS[op].rows else None)
-    w = cases.make_weights(case, Source("cpu"))
+    w = make_weights(case, Source("cpu"))
     rows = OPS[op].rows(case, Source("cpu", 1)) if OPS[op].rows else SimpleNamespace()
-    entry = peers.CONTESTANTS[op][0].entry(case, w)
+    entry = contest.CONTESTANTS[op][0].entry(case, w)
     found = peers.verdict(entry.results(entry.run(rows)), OPS[op].truth(w, rows), OPS[op].plain(w, rows))
     assert found[:2] == ("ok", "")

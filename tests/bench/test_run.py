@@ -7,7 +7,8 @@ import torch
 
 from bench import __main__ as command
 from bench import cases, peers, records, run
-from bench.cases import Case
+from bench.contest import one
+from bench.inputs import Case
 
 
 def bench(*arguments):
@@ -85,7 +86,7 @@ def test_wrong_and_broken_contestants_have_no_times(tmp_path, contestants):
         raise NotImplementedError("not this shape")
 
     contestants["dequantize_4bit"] += [
-        peers.Contestant("wrong", None, lambda case, w: peers.Entry(lambda rows: w.w * 1.5, peers._one("w"))),
+        peers.Contestant("wrong", None, lambda case, w: peers.Entry(lambda rows: w.w * 1.5, one("w"))),
         peers.Contestant("broken", None, broken),
         peers.Contestant("fails", None, lambda case, w: peers.Entry(fails)),
     ]
@@ -98,7 +99,7 @@ def test_wrong_and_broken_contestants_have_no_times(tmp_path, contestants):
 
 
 def test_ours_wrong_fails_the_run(tmp_path, contestants, capsys):
-    wrong = peers.Contestant(peers.OURS, None, lambda case, w: peers.Entry(lambda rows: w.w * 0, peers._one("w")))
+    wrong = peers.Contestant(peers.OURS, None, lambda case, w: peers.Entry(lambda rows: w.w * 0, one("w")))
     contestants["dequantize_4bit"] = [wrong, *contestants["dequantize_4bit"][1:]]
     assert bench("--ops", "dequantize_4bit", "--out", tmp_path) == 1
     assert "dequantize_4bit M=None: quantlib wrong" in capsys.readouterr().err

@@ -1,0 +1,135 @@
+"""This package as a contestant, and its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lora_ops
+import quantlib
+from bench.cases import OPS, Results
+from bench.contest import (
+    LORA,
+    OURS,
+    Entry,
+    Rows,
+    Unavailable,
+    Weights,
+    adapter,
+    contestant,
+    frozen,
+    layer_entry,
+    lora_entry,
+    one,
+)
+from bench.inputs import SCALING, THRESHOLD, Case
+from quantlib import backends, reference
+
+
+def quantized_layer(case: Case, w: Weights) -> nn.Module:
+    if "int8" in case.op:
+        return quantlib.Linear8bit.from_linear(frozen(w.w), threshold=THRESHOLD)
+    return quantlib.Linear4bit.from_linear(frozen(w.w), compute_dtype=case.dtype, double_quant=True)
+
+
+def _decode_4bit(q: quantlib.Quantized4bit) -> Results:
+    return {"decoded": reference.dequantize_4bit(*q.op_args(), q.shape, torch.float64)}
+
+
+def _decode_int8(q: quantlib.QuantizedInt8) -> Results:
+    return {"decoded": reference.dequantize_int8(q.values, q.absmax, q.dim, q.block_size, torch.float64)}
+
+
+@contestant("quantize_4bit", OURS)
+def _(case, w):
+    return Entry(lambda rows: quantlib.quantize_4bit(w.w), _decode_4bit)
+
+
+@contestant(("dequantize_4bit", "dequantize_4bit_double", "dequantize_int8"), OURS)
+def _(case, w):
+    return Entry(lambda rows: w.q.dequantize(), one("w"))
+
+
+@contestant("quantize_int8", OURS)
+def _(case, w):
+    return Entry(lambda rows: quantlib.quantize_int8(w.w), _decode_int8)
+
+
+@contestant("quantize_int8_columns", OURS)
+def _(case, w):
+    return Entry(lambda rows: quantlib.quantize_int8(w.w, dim=0), _decode_int8)
+
+
+@contestant(("linear_4bit", "linear_int8"), OURS)
+def _(case, w):
+    return layer_entry(case, quantized_layer(case, w).train(case.backward))
+
+
+@contestant("linear_4bit", "quantlib, decode + torch")
+def _(case, w):
+    """The weight decoded to memory and multiplied by PyTorch, as most packages do it."""
+    return layer_entry(case, lambda x: F.linear(x, w.q.dequantize()))
+
+
+@contestant("embedding_4bit", OURS)
+def _(case, w):
+    return Entry(lambda rows: quantlib.embedding_4bit(rows.indices, w.q), one("rows"))
+
+
+@contestant(LORA, OURS)
+def _(case, w):
+    A, B = adapter(w)
+    layer = lambda x: lora_ops.lora_linear(x, w.q, A, B, SCALING, threshold=THRESHOLD)  # noqa: E731
+    return lora_entry(case, layer, A, B)
+
+
+@contestant(LORA, "quantlib, base layer alone")
+def _(case, w):
+    def truth(rows):
+        return OPS[case.op.removeprefix("lora_")].truth(w, rows)
+
+    entry = layer_entry(case, quantized_layer(case, w))
+    return Entry(entry.run, entry.results, truth, graph=False)
+
+
+_KERNELS: dict[str, Callable[[Case, Weights, Rows], tuple]] = {
+    "quantize_4bit": lambda case, w, rows: (w.w, "nf4", 64),
+    "dequantize_4bit": lambda case, w, rows: (*w.q.op_args(), w.q.shape, case.dtype),
+    "linear_4bit": lambda case, w, rows: (rows.x, *w.q.op_args(), case.shape[0], None),
+    "quantize_int8": lambda case, w, rows: (w.w, -1, None, 0.0),
+    "dequantize_int8": lambda case, w, rows: (w.q.values, w.q.absmax, -1, None, case.dtype),
+    "linear_int8": lambda case, w, rows: (rows.x, w.q.values, w.q.absmax, None, THRESHOLD),
+}
+
+
+def _kernel_results(case: Case, w: Weights) -> Callable[[Any], Results]:
+    if case.op == "quantize_4bit":
+        exact = lambda out: reference.dequantize_4bit(*out, None, None, None, "nf4", 64, case.shape, torch.float64)  # noqa: E731
+        return lambda out: {"decoded": exact(out)}
+    if case.op == "quantize_int8":
+        return lambda out: {"decoded": reference.dequantize_int8(*out[:2], -1, None, torch.float64)}
+    return one("y" if OPS[case.op].rows else "w")
+
+
+def _on_request(backend: backends.Backend) -> None:
+    """A backend that `auto` passes over is a contestant of its own for the ops that it has."""
+
+    def build(case: Case, w: Weights) -> Entry:
+        device = w.w.device
+        if case.backward:
+            raise Unavailable("measured forward only")
+        if refusal := backend.refusal(case.op, device.type):
+            raise Unavailable(f"it {refusal}")
+        kernel, args = backend.kernel(case.op), _KERNELS[case.op]
+        return Entry(lambda rows: kernel(*args(case, w, rows)), _kernel_results(case, w))
+
+    contestant([op for op in _KERNELS if op in backend.ops], f"quantlib, {backend.name}")(build)
+
+
+for _backend in backends.BACKENDS:
+    if _backend.manual:
+        _on_request(_backend)
