@@ -7,6 +7,7 @@ interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import warnings
@@ -187,10 +188,12 @@ def one_line_errors(work: Callable[[], object]) -> int:
 
 def quiet() -> None:
     """Leave the terminal to our own progress bars and messages."""
-    import datasets
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    with contextlib.suppress(ImportError):  # whole-model benchmarks run without it
+        import datasets
+
+        datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

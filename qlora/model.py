@@ -10,9 +10,9 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from datasets import Dataset
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -23,6 +23,9 @@ import lora_ops
 import quantlib
 from qlora.errors import InputError, check_choice, check_range, first_line
 from quantlib import ops
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 BITS = (4, 8, 16)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
