@@ -4,6 +4,12 @@ Each contestant trains the same Llama with random weights and LoRA on all linear
 anything is timed, its loss, the gradients of its adapters and its logits are held against the same model computed in
 float32, and before each row its gradients are looked at again: a contestant that computes something else is "wrong"
 and has no times. Contestants take turns; where their models do not fit into memory together, each runs alone.
+
+A result holds what was timed (task, sequence, batch, checkpointing), the contestant (peer), status and reason as in
+every record, and where the status is "ok": seconds (median, p20, p80, host), tokens_per_second, loss and gradient_norm
+of the first step, held_memory (the model and the optimizer's state) and peak_memory in bytes, operations and bytes
+read at least, ratio and limit, and for some a split of one step's seconds by kind of work. The record's errors say how
+far each contestant is from float32, its tolerances what is allowed.
 """
 
 from __future__ import annotations
