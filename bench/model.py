@@ -65,15 +65,22 @@ def _prepare(runner: Runner, cell: Cell) -> tuple[Callable[[], Tensor], dict[str
     return runner.step(ids), {"loss": loss, "gradient_norm": norm}
 
 
+def _keeping(call: Callable[[], Tensor], results: dict[str, Tensor], name: str) -> Callable[[], None]:
+    def run() -> None:
+        results[name] = call()
+
+    return run
+
+
 def measure_cell(runners: Sequence[Runner], cell: Cell) -> list[Row]:
     """Rows of contestants that take turns. Raises torch.OutOfMemoryError if they do not fit together."""
-    rows, calls, seen = [], {}, {}
+    rows, calls, seen, last = [], {}, {}, {}
     for runner in runners:
         name = runner.contestant.name
         try:
             call, seen[name] = _prepare(runner, cell)
             call()
-            calls[name] = call
+            calls[name] = _keeping(call, last, name)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a peer may fail in any way
@@ -86,8 +93,7 @@ def measure_cell(runners: Sequence[Runner], cell: Cell) -> list[Row]:
         name = runner.contestant.name
         if name not in times:
             continue
-        last = calls[name]()
-        if not torch.isfinite(last).all():
+        if not torch.isfinite(last[name]).all():
             rows.append(_row(cell, name, "wrong", "the result is not finite after the timed calls"))
             continue
         rows.append(_row(cell, name, "ok", **seen[name], **_values(runner, cell, times[name])))
@@ -283,7 +289,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `python -m bench model`."""
     parser.add_argument("--model", choices=list(SHAPES), help="default: llama-3-8b on a GPU, small on a CPU")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, for little memory")
-    parser.add_argument("--sequence", type=int, nargs="+", help="default: 512 to 8192 on a GPU, 512 and 2048 on a CPU")
+    parser.add_argument("--sequence", type=int, nargs="+", help="default: 512 to 8192 on a GPU, 512 and 1024 on a CPU")
     parser.add_argument("--batch", type=int, default=1, help="sequences per training step (default 1)")
     parser.add_argument("--split-all", action="store_true", help="time by kind of work at every length")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU where there is one")
@@ -301,7 +307,7 @@ def settings(args: argparse.Namespace) -> Settings:
     shape = SHAPES[name]
     if args.layers:
         shape = Shape(**{**asdict(shape), "name": f"{name}, {args.layers} layers", "layers": args.layers})
-    sequences = args.sequence or ([32] if args.quick else [512, 1024, 2048, 4096, 8192] if cuda else [512, 2048])
+    sequences = args.sequence or ([32] if args.quick else [512, 1024, 2048, 4096, 8192] if cuda else [512, 1024])
     seconds = args.seconds if args.seconds is not None else 0.0 if args.quick else 3.0
     rounds, check = (1, 16) if args.quick else (3, 128)
     plan = cells(sequences, min(*sequences, 512), args.batch, args.split_all)

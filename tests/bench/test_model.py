@@ -156,6 +156,15 @@ def test_a_missing_gradient_is_an_error():
         runner.gradients(runner.tokens(1, 8))
 
 
+def test_a_result_that_is_not_finite_has_no_time():
+    runner = model.Runner(CONTESTANTS[0], SETTINGS)
+    runner.step = lambda ids: lambda: torch.tensor(torch.nan)
+    (row,) = model.measure_cell([runner], CELLS[1])
+    assert row["status"] == "wrong"
+    assert "not finite" in row["reason"]
+    assert "median" not in row
+
+
 def test_missing_contestants_say_why(truth):
     absent = Contestant("other", _decoded, needs=("no_such_module",))
     gpu = Contestant("another", _decoded, devices=("cuda",))
@@ -228,7 +237,7 @@ def _arguments(*words):
 
 def test_defaults_by_device(monkeypatch):
     chosen = model.settings(_arguments("--device", "cpu"))
-    assert (chosen.shape.name, max(cell.sequence for cell in chosen.cells)) == ("small", 2048)
+    assert (chosen.shape.name, max(cell.sequence for cell in chosen.cells)) == ("small", 1024)
     chosen = model.settings(_arguments("--device", "cuda"))
     assert (chosen.shape.name, max(cell.sequence for cell in chosen.cells)) == ("llama-3-8b", 8192)
     assert chosen.cells[-1].task == "decode"
