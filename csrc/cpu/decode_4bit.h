@@ -133,10 +133,12 @@ SIMD_INLINE void decode32(const uint8_t* packed, const Table<T>& table, T* out) 
 }
 #endif
 
-// Fetches elements [begin, end), decoded soon, while the products of the current ones run: the hardware's
-// prefetcher does not look past such a pause. Beyond the end of the weight it is harmless.
-SIMD_INLINE void prefetch(const Weight4bit& w, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += 128) __builtin_prefetch(w.packed + i / 2);
+// Fetches to L2 what is read after columns [begin, end) of a row: the next ones, or at the end of the row the first
+// ones of the row `rows` further down. The hardware's prefetcher does not follow so many short streams. Beyond the
+// end of the weight it is harmless.
+SIMD_INLINE void prefetch_next(const Weight4bit& w, int64_t k, int64_t rows, int64_t row, int64_t begin, int64_t end) {
+  const uint8_t* next = w.packed + (end < k ? row * k + end : (row + rows) * k) / 2;
+  for (int64_t i = 0; i < (end - begin) / 2; i += 64) __builtin_prefetch(next + i, 0, 2);
 }
 
 // Elements [begin, end) of the flat weight, which may begin at an odd nibble and straddle blocks.

@@ -309,7 +309,8 @@ struct RowsInt8 {
 };
 
 void linear_int8_dx(const LinearInt8& a) {
-  multiply<false>(a.dtype, {a.x, nullptr, a.m, a.k, a.n, a.y}, RowsInt8{a.w, a.w_absmax, a.k});
+  const RowsInt8 w{a.w, a.w_absmax, a.k};
+  multiply(a.dtype, {a.x, nullptr, a.m, a.k, a.n, a.y}, [&](int64_t, int64_t) { return ColumnPanels<RowsInt8>{w}; });
 }
 
 }  // namespace quantlib::QUANTLIB_ISA

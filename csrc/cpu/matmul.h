@@ -2,11 +2,17 @@
 // Included per instruction set after simd.h.
 //
 // The unit is a 32-bit lane holding one float or two bfloat16 that are neighbours along the contraction. A panel has
-// kColumns output columns side by side, lane c of step i belonging to column c; x is packed in tiles of R rows, R
-// lanes a step. So the inner loop broadcasts lanes of x against vectors of the panel, needs no horizontal sums,
-// and reads all memory in order. The result of an element does not depend on the number of threads.
+// kColumns output columns side by side and a stretch of the contraction that stays in L1, lane c of step i belonging
+// to column c; x is packed in tiles of R rows, R lanes a step. So the inner loop broadcasts lanes of x against vectors
+// of the panel, needs no horizontal sums, and reads all memory in order. The result of an element does not depend on
+// the number of threads.
 //
-// Rows is what knows the weight: template <class E> void decode(row, begin, end, E* out) const.
+// Panels is what knows the weight, one per thread, for some of the columns:
+//   start(first, count)                             the next kColumns columns, count of them real
+//   build<E>(first, count, begin, length, E* panel) a stretch of their panel
+//   coded<E>(the same)                              or what decodes it on the way, for up to kCodedTiles<E> tiles of x
+//   scales(begin), scale_shift                      what multiplies the sum of each 2^scale_shift elements, kColumns
+//                                                   floats each; null if the panel holds the weights themselves
 
 #if QUANTLIB_LEVEL == 2
 constexpr int kTileRows = 12;
@@ -36,61 +42,66 @@ SIMD_INLINE int64_t chain_length(int64_t steps) {
   return kPer<E> > 1 ? 512 : steps <= 256 ? 16 : steps <= 1024 ? 32 : 128;
 }
 
-// out[r * kColumns + c] = tile row r . panel column c.
-template <int R, class E>
-static void tile_times_panel(const E* x, const E* panel, int64_t steps, float* out) {
-  const int64_t chain = chain_length<E>(steps);
-  int64_t i = 0;
-  do {
-    const bool first = i == 0;
-    const int64_t stop = steps - i < chain ? steps : i + chain;
-    F32 acc[R][kVectors] = {};
-    for (; i < stop; ++i) {
+// A panel in memory. Vectors of a panel are asked for kAtOnce steps at a time.
+template <class E>
+struct Decoded {
+  typedef E Element;
+  static constexpr int kAtOnce = 1;
+  const E* panel;
+
+  SIMD_INLINE_MEMBER Decoded from(int64_t step) const { return {panel + step * kColumns * kPer<E>}; }
+  SIMD_INLINE_MEMBER F32 vector(int64_t step, int, int v) const {
+    return load_raw<F32>(panel + (step * kColumns + v * W) * kPer<E>);
+  }
+};
+
+// out[r * kColumns + c] += scale[c] (or 1) times tile row r . panel column c. Not inlined, because the compiler would
+// carry `out` from one chain to the next in registers it does not have.
+template <int R, class Panel, class E = typename Panel::Element>
+[[gnu::noinline]] static void tile_chain(const E* x, const Panel& source, int64_t steps, const float* scale,
+                                         float* out) {
+  const Panel panel = source;
+  F32 acc[R][kVectors] = {};
+  for (int64_t i = 0; i < steps; i += Panel::kAtOnce)
+#pragma GCC unroll 8
+    for (int s = 0; s < Panel::kAtOnce; ++s) {
       F32 w[kVectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) w[v] = load_raw<F32>(panel + (i * kColumns + v * W) * kPer<E>);
+      for (int v = 0; v < kVectors; ++v) w[v] = panel.vector(i, s, v);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = multiply_add(x + (i * R + r) * kPer<E>, w[v], acc[r][v]);
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = multiply_add(x + ((i + s) * R + r) * kPer<E>, w[v], acc[r][v]);
     }
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        float* p = out + r * kColumns + v * W;
-        store(p, first ? acc[r][v] : load(p) + acc[r][v]);
-      }
-  } while (i < steps);
+    for (int v = 0; v < kVectors; ++v) {
+      float* p = out + r * kColumns + v * W;
+      store(p, scale ? fma(acc[r][v], load(scale + v * W), load(p)) : load(p) + acc[r][v]);
+    }
 }
 
-// Rows of the tile for that many rows left: full tiles, then the next size that holds the rest.
-SIMD_INLINE int64_t tile_rows(int64_t left) {
-  if (left >= kTileRows) return kTileRows;
-  return left > 8 ? kTileRows : left > 4 ? (kTileRows < 8 ? kTileRows : 8) : left > 2 ? 4 : left;
+// The same for a stretch: chains of `chain` steps, with scales for every scale_steps steps if there are any.
+template <int R, class Panel, class E = typename Panel::Element>
+static void tile_times_panel(int64_t rows, const E* x, const Panel& panel, int64_t steps, int64_t chain,
+                             const float* scales, int64_t scale_steps, float* out) {
+  if constexpr (R > 1)
+    if (rows < R) return tile_times_panel<R - 1>(rows, x, panel, steps, chain, scales, scale_steps, out);
+  for (int64_t i = 0; i < steps; i += chain)
+    tile_chain<R>(x + i * R * kPer<E>, panel.from(i), steps - i < chain ? steps - i : chain,
+                  scales ? scales + i / scale_steps * kColumns : nullptr, out);
 }
 
-template <class E>
-static void tile_times_panel(int64_t rows, const E* x, const E* panel, int64_t steps, float* out) {
-  switch (rows) {
-    case 1: return tile_times_panel<1>(x, panel, steps, out);
-    case 2: return tile_times_panel<2>(x, panel, steps, out);
-    case 4: return tile_times_panel<4>(x, panel, steps, out);
+// A lane-wise transpose of W rows: rows [i * ldr + step] -> panel [step * kColumns + i]; rows after `last` repeat it.
+// Fills whole groups of W steps, with zeros at the end.
+SIMD_INLINE void transpose(const uint32_t* rows, int64_t ldr, int64_t last, int64_t steps, uint32_t* panel) {
 #if QUANTLIB_LEVEL == 2
-    case 8: return tile_times_panel<8>(x, panel, steps, out);
-#endif
-    default: return tile_times_panel<kTileRows>(x, panel, steps, out);
-  }
-}
-
-// A lane-wise transpose of up to W rows: rows [i * ldr + step] -> panel [step * kColumns + i].
-SIMD_INLINE void transpose(const uint32_t* rows, int64_t ldr, int64_t steps, uint32_t* panel) {
-  int64_t s = 0;
-#if QUANTLIB_LEVEL == 2
-  for (; s + 16 <= steps; s += 16) {
+  for (int64_t s = 0; s < steps; s += 16) {
+    const __mmask16 mask = steps - s < 16 ? (1u << (steps - s)) - 1 : 0xffff;
     __m512i a[16], b[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows + i * ldr + s);
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_maskz_loadu_epi32(mask, rows + (i < last ? i : last) * ldr + s);
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
       b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
@@ -118,43 +129,46 @@ SIMD_INLINE void transpose(const uint32_t* rows, int64_t ldr, int64_t steps, uin
       _mm512_storeu_si512(panel + (s + 12 + i) * kColumns, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
     }
   }
+#else
+  for (int64_t s = 0; s < (steps + W - 1) / W * W; ++s)
+    for (int i = 0; i < W; ++i) panel[s * kColumns + i] = s < steps ? rows[(i < last ? i : last) * ldr + s] : 0;
 #endif
-  for (; s < steps; ++s)
-    for (int i = 0; i < W; ++i) panel[s * kColumns + i] = rows[i * ldr + s];
 }
 
-// Columns [first, first + count) of W^T: decode W rows at a time, a stretch that stays in L1, and turn them.
-template <class E, class Rows>
-static void panel_of_rows(const Rows& w, int64_t first, int64_t count, int64_t k, E* panel) {
-  constexpr int64_t kStretch = 256;
-  E rows[W * kStretch];
-  for (int64_t begin = 0; begin < k; begin += kStretch) {
-    const int64_t length = k - begin < kStretch ? k - begin : kStretch;
+// Elements of the contraction in one panel.
+constexpr int64_t kStretch = 256;
+
+// W^T: decode W rows at a time and turn them. Rows has template <class E> decode(row, begin, end, E* out)
+// and prefetch of what follows such a range in a panel.
+template <class Rows>
+struct RowPanels {
+  const Rows& w;
+  static constexpr int scale_shift = 0;
+  template <class E>
+  static constexpr int64_t kCodedTiles = 0;
+  void start(int64_t, int64_t) const {}
+  const float* scales(int64_t) const { return nullptr; }
+
+  template <class E>
+  void build(int64_t first, int64_t count, int64_t begin, int64_t length, E* panel) const {
+    E rows[W * kStretch];
     const int64_t steps = (length + kPer<E> - 1) / kPer<E>;
     for (int64_t group = 0; group < kColumns; group += W) {
       for (int64_t i = 0; i < W; ++i) {
         E* row = rows + i * kStretch;
-        if (group + i < count) {
+        const int64_t real = group + i < count ? length : 0;
+        if (real) {
+          w.prefetch(first + group + i, begin, begin + length);
           w.decode(first + group + i, begin, begin + length, row);
-          __builtin_memset(row + length, 0, sizeof(E) * (steps * kPer<E> - length));
-        } else {
-          __builtin_memset(row, 0, sizeof(E) * steps * kPer<E>);
         }
+        __builtin_memset(row + real, 0, sizeof(E) * (steps * kPer<E> - real));
       }
-      transpose(reinterpret_cast<const uint32_t*>(rows), kStretch / kPer<E>, steps,
-                reinterpret_cast<uint32_t*>(panel + (begin / kPer<E> * kColumns + group) * kPer<E>));
+      transpose(reinterpret_cast<const uint32_t*>(rows), kStretch / kPer<E>, W - 1, steps,
+                reinterpret_cast<uint32_t*>(panel + group * kPer<E>));
     }
   }
-}
+};
 
-// Columns [first, first + count) of W: rows of W are steps, or halves of steps, already.
-template <class Rows>
-static void panel_of_columns(const Rows& w, int64_t first, int64_t count, int64_t n, float* panel) {
-  for (int64_t row = 0; row < n; ++row) {
-    w.decode(row, first, first + count, panel + row * kColumns);
-    __builtin_memset(panel + row * kColumns + count, 0, sizeof(float) * (kColumns - count));
-  }
-}
 // panel = a[0], b[0], a[1], b[1], ...: kColumns pairs.
 SIMD_INLINE void interleave(const bf16* a, const bf16* b, bf16* panel) {
 #if QUANTLIB_LEVEL == 2
@@ -174,33 +188,45 @@ SIMD_INLINE void interleave(const bf16* a, const bf16* b, bf16* panel) {
 #endif
 }
 
+// W: its rows are steps, or halves of steps, already.
 template <class Rows>
-static void panel_of_columns(const Rows& w, int64_t first, int64_t count, int64_t n, bf16* panel) {
-  bf16 pair[2][kColumns] = {};
-  for (int64_t row = 0; row < n; row += 2, panel += 2 * kColumns) {
-    w.decode(row, first, first + count, pair[0]);
-    if (row + 1 < n)
-      w.decode(row + 1, first, first + count, pair[1]);
-    else
-      __builtin_memset(pair[1], 0, sizeof(pair[1]));
-    interleave(pair[0], pair[1], panel);
-  }
-}
+struct ColumnPanels {
+  const Rows& w;
+  static constexpr int scale_shift = 0;
+  template <class E>
+  static constexpr int64_t kCodedTiles = 0;
+  void start(int64_t, int64_t) const {}
+  const float* scales(int64_t) const { return nullptr; }
 
-// Packs rows [first, first + count) of x[., depth] as one tile of `rows` rows, padding with zeros.
+  void build(int64_t first, int64_t count, int64_t begin, int64_t length, float* panel) const {
+    for (int64_t row = begin; row < begin + length; ++row, panel += kColumns) {
+      w.decode(row, first, first + count, panel);
+      __builtin_memset(panel + count, 0, sizeof(float) * (kColumns - count));
+    }
+  }
+  void build(int64_t first, int64_t count, int64_t begin, int64_t length, bf16* panel) const {
+    bf16 pair[2][kColumns] = {};
+    for (int64_t row = begin; row < begin + length; row += 2, panel += 2 * kColumns) {
+      w.decode(row, first, first + count, pair[0]);
+      if (row + 1 < begin + length)
+        w.decode(row + 1, first, first + count, pair[1]);
+      else
+        __builtin_memset(pair[1], 0, sizeof(pair[1]));
+      interleave(pair[0], pair[1], panel);
+    }
+  }
+};
+
+// Packs rows [first, first + rows) of x[., depth] as one tile, with zeros to fill a lane.
 template <class T, class E>
-static void pack_tile(const T* x, int64_t first, int64_t count, int64_t depth, int64_t rows, E* out) {
-  constexpr int64_t kStretch = 512;
+static void pack_tile(const T* x, int64_t first, int64_t rows, int64_t depth, E* out) {
   alignas(64) E buffer[kStretch];
   for (int64_t begin = 0; begin < depth; begin += kStretch) {
     const int64_t length = depth - begin < kStretch ? depth - begin : kStretch;
     const int64_t steps = (length + kPer<E> - 1) / kPer<E>;
     uint32_t* lanes = reinterpret_cast<uint32_t*>(out) + begin / kPer<E> * rows;
     for (int64_t r = 0; r < rows; ++r) {
-      if (r < count)
-        convert(x + (first + r) * depth + begin, length, buffer);
-      else
-        __builtin_memset(buffer, 0, sizeof(E) * length);
+      convert(x + (first + r) * depth + begin, length, buffer);
       __builtin_memset(buffer + length, 0, sizeof(E) * (steps * kPer<E> - length));
       for (int64_t s = 0; s < steps; ++s) lanes[s * rows + r] = load_raw<uint32_t>(buffer + s * kPer<E>);
     }
@@ -215,62 +241,86 @@ struct Product {
   void* y;
 };
 
-template <bool Transposed, class E, class T, class Rows>
-static void multiply(const Product& p, const Rows& w) {
+// Adds the bias, rounds and stores rows of sums. Returns whether all sums are finite.
+template <class T>
+static bool finish(const Product& p, float* sums, int64_t m0, int64_t rows, int64_t c0, int64_t count) {
+  I32 odd = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = sums + r * kColumns;
+    for (int v = 0; v < kVectors; ++v) odd |= magnitude(load(row + v * W)) >= kInf;
+    if (p.bias)
+      for (int64_t c = 0; c < count; ++c) row[c] += widen(static_cast<const T*>(p.bias)[c0 + c]);
+    convert(row, count, static_cast<T*>(p.y) + (m0 + r) * p.columns + c0);
+  }
+  return max(odd & 1) == 0;
+}
+
+// panels(first, last) makes the Panels of a thread. Returns whether all sums were finite.
+template <class E, class T, class MakePanels>
+static bool multiply(const Product& p, const MakePanels& panels_of) {
+  typedef decltype(panels_of(0, 0)) Panels;
   constexpr int64_t kRowsAtOnce = 85 * kTileRows;  // packed x stays in L3; the weight is decoded once for so many rows
-  const int64_t steps = (p.depth + kPer<E> - 1) / kPer<E>;
-  const int64_t tile_size = steps * kPer<E>;
-  const int64_t most = p.m < kRowsAtOnce ? (p.m + kTileRows) : kRowsAtOnce;
-  const Scratch<E> packed(1, most * tile_size);
+  const int64_t steps = (p.depth + kPer<E> - 1) / kPer<E>, chain = chain_length<E>(steps);
+  const int64_t depth = steps * kPer<E>;
+  const Scratch<E> packed(1, (p.m < kRowsAtOnce ? p.m : kRowsAtOnce) * depth);
+  bool finite = true;
   for (int64_t m0 = 0; m0 < p.m; m0 += kRowsAtOnce) {
     const int64_t rows = p.m - m0 < kRowsAtOnce ? p.m - m0 : kRowsAtOnce;
-    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-    parallel_for(tiles, (1 << 14) / (tile_size * kTileRows + 1) + 1, [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t) {
-        const int64_t left = rows - t * kTileRows, size = tile_rows(left);
-        pack_tile(static_cast<const T*>(p.x), m0 + t * kTileRows, left < size ? left : size, p.depth, size,
-                  packed + t * kTileRows * tile_size);
-      }
+    const int64_t tiles = (rows + kTileRows - 1) / kTileRows, height = (rows + tiles - 1) / tiles;
+    const auto tile_rows = [&](int64_t t) { return rows - t * height < height ? rows - t * height : height; };
+    parallel_for(tiles, (1 << 14) / (depth * height + 1) + 1, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last && tile_rows(t) > 0; ++t)
+        pack_tile(static_cast<const T*>(p.x), m0 + t * height, tile_rows(t), p.depth, packed + t * height * depth);
     });
     parallel_for((p.columns + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
-      const Scratch<E> panel(0, tile_size * kColumns);
+      const Scratch<E> panel_buffer(0, kStretch * kColumns);
+      const Scratch<float> sums(2, rows * kColumns);
+      E* const panel = panel_buffer;
+      Panels panels = panels_of(first * kColumns, last * kColumns < p.columns ? last * kColumns : p.columns);
       for (int64_t block = first; block < last; ++block) {
         const int64_t c0 = block * kColumns;
         const int64_t count = p.columns - c0 < kColumns ? p.columns - c0 : kColumns;
-        if constexpr (Transposed) {
-          panel_of_rows(w, c0, count, p.depth, static_cast<E*>(panel));
-          w.prefetch(c0 + kColumns, c0 + 2 * kColumns);
-        } else {
-          panel_of_columns(w, c0, count, p.depth, static_cast<E*>(panel));
-        }
-        for (int64_t t = 0; t < tiles; ++t) {
-          const int64_t left = rows - t * kTileRows, size = tile_rows(left);
-          alignas(64) float out[kTileRows * kColumns];
-          tile_times_panel<E>(size, packed + t * kTileRows * tile_size, panel, steps, out);
-          for (int64_t r = 0; r < size && r < left; ++r) {
-            float* row = out + r * kColumns;
-            if (p.bias)
-              for (int64_t c = 0; c < count; ++c) row[c] += widen(static_cast<const T*>(p.bias)[c0 + c]);
-            convert(row, count, static_cast<T*>(p.y) + (m0 + t * kTileRows + r) * p.columns + c0);
+        panels.start(c0, count);
+        __builtin_memset(sums, 0, sizeof(float) * rows * kColumns);
+        for (int64_t begin = 0; begin < p.depth; begin += kStretch) {
+          const int64_t length = p.depth - begin < kStretch ? p.depth - begin : kStretch;
+          const float* scales = panels.scales(begin);
+          const int64_t scale_steps = (int64_t(1) << panels.scale_shift) / kPer<E>;
+          const auto products = [&](const auto& source) {
+            for (int64_t t = 0; t < tiles && tile_rows(t) > 0; ++t)
+              tile_times_panel<kTileRows>(tile_rows(t), packed + t * height * depth + begin * tile_rows(t), source,
+                                          (length + kPer<E> - 1) / kPer<E>,
+                                          scales && scale_steps < chain ? scale_steps : chain, scales, scale_steps,
+                                          sums + t * height * kColumns);
+          };
+          if constexpr (Panels::template kCodedTiles<E> > 0) {
+            if (tiles <= Panels::template kCodedTiles<E>) {
+              products(panels.template coded<E>(c0, count, begin, length, reinterpret_cast<uint32_t*>(panel)));
+              continue;
+            }
           }
+          panels.build(c0, count, begin, length, panel);
+          products(Decoded<E>{panel});
         }
+        if (!finish<T>(p, sums, m0, rows, c0, count)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
       }
     });
   }
+  return finite;
 }
 
 // bfloat16 multiplies as it is where the CPU can; elsewhere, and for float16, the product is float32's and weights
 // enter it unrounded.
-template <bool Transposed, class Rows>
-static void multiply(DType dtype, const Product& p, const Rows& w) {
+template <class MakePanels>
+static bool multiply(DType dtype, const Product& p, const MakePanels& panels_of) {
   switch (dtype) {
-    case DType::f32: return multiply<Transposed, float, float>(p, w);
-    case DType::f16: return multiply<Transposed, float, f16>(p, w);
-    case DType::bf16:
-#if QUANTLIB_LEVEL == 2
-      return multiply<Transposed, bf16, bf16>(p, w);
-#else
-      return multiply<Transposed, float, bf16>(p, w);
-#endif
+    case DType::f32: return multiply<float, float>(p, panels_of);
+    case DType::f16: return multiply<float, f16>(p, panels_of);
+    default: break;
   }
+#if QUANTLIB_LEVEL == 2
+  return multiply<bf16, bf16>(p, panels_of);
+#else
+  return multiply<float, bf16>(p, panels_of);
+#endif
 }

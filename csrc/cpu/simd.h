@@ -158,6 +158,7 @@ SIMD_INLINE void store_i8_part(int8_t* p, I32 v, int64_t n) {
 }
 
 // |v| as an integer: ordered like the float, with NaN above Inf, so that a maximum keeps NaN.
+constexpr int32_t kInf = 0x7f800000;
 SIMD_INLINE I32 magnitude(F32 v) { return (I32)v & 0x7fffffff; }
 SIMD_INLINE float as_float(int32_t bits) {
   float f;
@@ -169,6 +170,7 @@ SIMD_INLINE int32_t as_int(float f) {
   __builtin_memcpy(&bits, &f, 4);
   return bits;
 }
+SIMD_INLINE int32_t magnitude(float f) { return as_int(f) & 0x7fffffff; }
 
 template <class T>
 static float absmax(const T* x, int64_t n) {

@@ -96,7 +96,7 @@ def test_embedding_refuses_an_index_outside():
 
 
 SHAPES = (
-    # m, n, k, block size: streaming and its edges, panels, odd sizes, blocks across rows and longer than rows
+    # m, n, k, block size: few rows and many, odd sizes, blocks across rows and longer than rows
     (1, 1024, 512, 64),
     (3, 512, 1024, 128),
     (6, 256, 64, 256),
@@ -146,6 +146,79 @@ def test_linear_any_shape_and_stride(isa, x, n, block_size, double_quant):
         if x.dtype == torch.float16:  # float16 has no more than 2^-24 to offer
             tolerance += 2.0**-24 * (1 + k + n)
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance)
+
+
+@every_isa
+@pytest.mark.parametrize("k", [32, 64, 96, 128, 192, 320, 704])
+@forall(
+    m=st.integers(1, 70),
+    n=st.integers(1, 70),
+    block_size=block_sizes,
+    quant_type=quant_types,
+    double_quant=st.booleans(),
+    dtype=dtypes,
+)
+def test_linear_any_block_size(isa, k, m, n, block_size, quant_type, double_quant, dtype):
+    """Blocks within rows, across rows and longer than rows; groups of 128 with a tail; rows that are left over."""
+    weight = weight_4bit(n, k, block_size, quant_type, double_quant)
+    x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+    with use_backend(isa):
+        y = ops.linear_4bit(x, *weight, n, bias)
+    exact = reference.linear_4bit(x.double(), *weight, n, bias.double())
+    w = reference.dequantize_4bit(*weight, (n, k), torch.float64)
+    size_of_terms = x.double().abs() @ w.abs().t() + bias.double().abs()
+    assert ((y.double() - exact).abs() <= 2 * torch.finfo(dtype).eps * size_of_terms).all()
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 7, 8, 13, 70])
+@pytest.mark.parametrize("block_size", [32, 64, 128, 4096])
+def test_linear_within_error_budget_for_any_number_of_rows(isa, dtype, m, block_size):
+    n, k = 2048 // m, 4096
+    weight = weight_4bit(n, k, block_size)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
+    with use_backend(isa):
+        y = ops.linear_4bit(x, *weight, n, None)
+    exact = reference.linear_4bit(x.double(), *weight, n, None)
+    assert_error_within(y, reference.linear_4bit(x, *weight, n, None), exact)
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("m", [1, 5, 40])
+@pytest.mark.parametrize("absmax", [0.0, 1e-44, 1e-39, 1e-36, 1e30, float("inf"), -float("inf"), float("nan")])
+def test_linear_with_any_absmax(isa, dtype, m, absmax):
+    """One block has the extreme absmax. Where float32 can tell, the result is that of the weights themselves."""
+    n, k = 35, 192
+    packed, scales, *rest = weight_4bit(n, k)
+    scales = scales.clone()
+    scales[7] = absmax
+    packed.view(n, -1)[2, 32:64] = 0x77  # codes of zero: zero times infinity is NaN
+    x = torch.randn(m, k).to(dtype)
+    x[0, 64:128] = 0
+    with use_backend(isa):
+        y = ops.linear_4bit(x, packed, scales, *rest, n, None)
+    exact = reference.linear_4bit(x.double(), packed, scales, *rest, n, None).to(dtype)
+    assert torch.equal(y.isnan(), exact.isnan())
+    assert torch.equal(y.isinf(), exact.isinf())
+    ordinary = torch.arange(n) != 2
+    torch.testing.assert_close(y[:, ordinary], exact[:, ordinary], rtol=0.02, atol=0.02)
+
+
+@every_isa
+@pytest.mark.parametrize("m", [1, 7, 20])
+def test_linear_survives_sums_beyond_float32(isa, m):
+    """The sum of x times codes overflows, that of x times weights does not."""
+    n, k = 8, 128
+    packed, absmax, *rest = weight_4bit(n, k)
+    packed = torch.full_like(packed, 0xFF)
+    absmax = torch.full_like(absmax, 2.0**-10)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.full((m, k), 2.0**125, dtype=dtype)
+        with use_backend(isa):
+            y = ops.linear_4bit(x, packed, absmax, *rest, n, None)
+        assert_same(y, torch.full((m, n), 2.0**122, dtype=dtype))
 
 
 @every_isa
