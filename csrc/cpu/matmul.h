@@ -191,7 +191,7 @@ SIMD_INLINE void interleave(const bf16* a, const bf16* b, bf16* panel) {
 // W: its rows are steps, or halves of steps, already.
 template <class Rows>
 struct ColumnPanels {
-  const Rows& w;
+  Rows source;
   static constexpr int scale_shift = 0;
   template <class E>
   static constexpr int64_t kCodedTiles = 0;
@@ -199,12 +199,14 @@ struct ColumnPanels {
   const float* scales(int64_t) const { return nullptr; }
 
   void build(int64_t first, int64_t count, int64_t begin, int64_t length, float* panel) const {
+    const Rows w = source;  // a local copy need not be read again after every write
     for (int64_t row = begin; row < begin + length; ++row, panel += kColumns) {
       w.decode(row, first, first + count, panel);
       __builtin_memset(panel + count, 0, sizeof(float) * (kColumns - count));
     }
   }
   void build(int64_t first, int64_t count, int64_t begin, int64_t length, bf16* panel) const {
+    const Rows w = source;
     bf16 pair[2][kColumns] = {};
     for (int64_t row = begin; row < begin + length; row += 2, panel += 2 * kColumns) {
       w.decode(row, first, first + count, pair[0]);
