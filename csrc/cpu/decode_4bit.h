@@ -3,19 +3,65 @@
 // A block's 16 possible values dtype(code * absmax) are computed first, one rounding each, so that decoding is a
 // table lookup for every dtype and exact by construction.
 
+#if QUANTLIB_LEVEL == 2
+// Looks up 64 bytes in a table of 256 floats: vpermi2b looks up in 128 bytes, so each of a float's four bytes takes two
+// of them and a blend, and unpacking puts the bytes together. A quarter of the time of 64 loads.
+struct NestedCodebook {
+  __m512i planes[4][4];  // byte p of all floats, in order
+
+  SIMD_INLINE_MEMBER explicit NestedCodebook(const float* codebook) {
+    alignas(64) uint8_t bytes[4][256];
+    for (int i = 0; i < 256; i += 16)
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p)
+        store_raw(bytes[p] + i,
+                  _mm512_cvtepi32_epi8(_mm512_srli_epi32(_mm512_loadu_si512(codebook + i), unsigned(8 * p))));
+    __builtin_memcpy(planes, bytes, sizeof(planes));
+  }
+  // out[i] = codebook[codes[i]] * absmax + offset, in two roundings.
+  SIMD_INLINE_MEMBER void operator()(const uint8_t* codes, F32 absmax, F32 offset, float* out) const {
+    // Unpacking interleaves within lanes of 16 bytes: this order of the codes makes the floats come out in theirs.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i index = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes));
+    const __mmask64 upper = _mm512_movepi8_mask(index);
+    __m512i byte[4];
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p)
+      byte[p] = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(planes[p][0], index, planes[p][1]),
+                                       _mm512_permutex2var_epi8(planes[p][2], index, planes[p][3]));
+    const __m512i low[2] = {_mm512_unpacklo_epi8(byte[0], byte[1]), _mm512_unpackhi_epi8(byte[0], byte[1])};
+    const __m512i high[2] = {_mm512_unpacklo_epi8(byte[2], byte[3]), _mm512_unpackhi_epi8(byte[2], byte[3])};
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      store(out + 32 * i, (F32)_mm512_unpacklo_epi16(low[i], high[i]) * absmax + offset);
+      store(out + 32 * i + 16, (F32)_mm512_unpackhi_epi16(low[i], high[i]) * absmax + offset);
+    }
+  }
+};
+#else
+struct NestedCodebook {
+  const float* codebook;
+
+  SIMD_INLINE_MEMBER void operator()(const uint8_t* codes, F32 absmax, F32 offset, float* out) const {
+    for (int i = 0; i < 64; i += W) {
+      float looked_up[W];
+#pragma GCC unroll 8
+      for (int j = 0; j < W; ++j) looked_up[j] = codebook[codes[i + j]];
+      store(out + i, load(looked_up) * absmax + offset);
+    }
+  }
+};
+#endif
+
 // Undoes double quant for groups [first, last) of 256 blocks.
 static void undo_double_quant(const Weight4bit& w, int64_t blocks, int64_t first, int64_t last, float* scales) {
   const float offset = w.offset;
+  const NestedCodebook lookup(w.nested_codebook);
   for (int64_t group = first; group < last; ++group) {
     const float absmax = w.nested_absmax[group];
     const int64_t end = (group + 1) * 256 < blocks ? (group + 1) * 256 : blocks;
     int64_t i = group * 256;
-    for (; i + W <= end; i += W) {
-      float looked_up[W];
-#pragma GCC unroll 16
-      for (int j = 0; j < W; ++j) looked_up[j] = w.nested_codebook[w.absmax_codes[i + j]];
-      store(scales + i, load(looked_up) * absmax + offset);
-    }
+    for (; i + 64 <= end; i += 64) lookup(w.absmax_codes + i, set1(absmax), set1(offset), scales + i);
     for (; i < end; ++i) scales[i] = w.nested_codebook[w.absmax_codes[i]] * absmax + offset;
   }
 }

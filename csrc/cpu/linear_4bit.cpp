@@ -34,44 +34,37 @@ struct Rows4bit {
 };
 
 #if QUANTLIB_LEVEL == 2
-// M rows of x, from row m of a and put in order, times rows [first, last) of the weight. Returns whether all is finite.
-template <int M>
-static bool few_rows(const Linear4bit& a, const Weight4bit& w, const bf16* x, int64_t m, int64_t first, int64_t last) {
-  const bf16* bias = static_cast<const bf16*>(a.bias);
-  bf16* y = static_cast<bf16*>(a.y) + m * a.n;
+// Up to M rows of x, put in order, times rows [first, last) of the weight, kStrip at most, in rows m and on of y.
+// Returns whether all is finite.
+template <int M = kFewAtOnce>
+static bool few_rows(const Linear4bit& a, const Weight4bit& w, const bf16* x, int64_t m, int64_t rows, int64_t first,
+                     int64_t last) {
+  if constexpr (M > 1)
+    if (rows < M) return few_rows<M - 1>(a, w, x, m, rows, first, last);
   const auto dots = a.w.block_shift == 5 && a.k >= 32   ? few_dots<M, 4>
                     : a.w.block_shift == 6 && a.k >= 64 ? few_dots<M, 2>
                                                         : few_dots<M, 1>;
-  bool finite = true;
-  for (int64_t n = first; n < last; n += kFewColumns) {
-    float out[M][kFewColumns];
-    dots(w, x, a.k, n, last, out);
-    for (int i = 0; i < M; ++i)
-      for (int r = 0; r < kFewColumns && n + r < last; ++r) {
-        finite &= magnitude(out[i][r]) < kInf;
-        narrow(out[i][r] + (bias ? widen(bias[n + r]) : 0.0f), y + i * a.n + n + r);
-      }
-  }
-  return finite;
+  float sums[M * kStrip] = {};
+  for (int64_t n = first; n < last; n += kFewColumns<M>) dots(w, x, a.k, n, last, sums + n - first);
+  return finish<bf16>({a.x, a.bias, a.m, a.n, a.k, a.y}, sums, kStrip, m, M, first, last - first);
 }
 
 static bool few_rows(const Linear4bit& a) {
-  constexpr int64_t kStrip = 16 * kFewColumns;  // stays in L2 while up to four rows of x at a time stay in L1
   const int64_t length = (a.k + kGroup - 1) / kGroup * kGroup;
-  const int64_t passes = (a.m + 3) / 4;
+  const int64_t passes = (a.m + kFewAtOnce - 1) / kFewAtOnce;
   const Scratch<bf16> x(1, a.m * length);
   for (int64_t m = 0; m < a.m; ++m) permute_few(static_cast<const bf16*>(a.x) + m * a.k, a.k, x + m * length);
   bool finite = true;
-  parallel_for((a.n + kFewColumns - 1) / kFewColumns, 16384 / a.k + 1, [&](int64_t first, int64_t last) {
-    const int64_t end = last * kFewColumns < a.n ? last * kFewColumns : a.n;
-    const PlainWeight plain(a.w, first * kFewColumns * a.k, end * a.k);
-    for (int64_t n = first * kFewColumns; n < end; n += kStrip)
+  parallel_for((a.n + 3) / 4, 16384 / a.k + 1, [&](int64_t begin, int64_t end) {
+    const int64_t last = end * 4 < a.n ? end * 4 : a.n;
+    for (int64_t n = begin * 4; n < last; n += kStrip) {
+      const int64_t stop = n + kStrip < last ? n + kStrip : last;
+      const PlainWeight plain(a.w, n * a.k, stop * a.k);
       for (int64_t pass = 0; pass < passes; ++pass) {
-        const int64_t m = a.m * pass / passes, stop = n + kStrip < end ? n + kStrip : end;
-        const auto rows = a.m * (pass + 1) / passes - m;
-        const auto multiply = rows == 1 ? few_rows<1> : rows == 2 ? few_rows<2> : rows == 3 ? few_rows<3> : few_rows<4>;
-        if (!multiply(a, plain.w, x + m * length, m, n, stop)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+        const int64_t m = a.m * pass / passes, rows = a.m * (pass + 1) / passes - m;
+        if (!few_rows(a, plain.w, x + m * length, m, rows, n, stop)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
       }
+    }
   });
   return finite;
 }

@@ -243,13 +243,14 @@ struct Product {
   void* y;
 };
 
-// Adds the bias, rounds and stores rows of sums. Returns whether all sums are finite.
+// Adds the bias, rounds and stores `count` columns from c0 on of rows of sums, `stride` floats each and whole vectors.
+// Returns whether all sums are finite.
 template <class T>
-static bool finish(const Product& p, float* sums, int64_t m0, int64_t rows, int64_t c0, int64_t count) {
+static bool finish(const Product& p, float* sums, int64_t stride, int64_t m0, int64_t rows, int64_t c0, int64_t count) {
   I32 odd = {};
   for (int64_t r = 0; r < rows; ++r) {
-    float* row = sums + r * kColumns;
-    for (int v = 0; v < kVectors; ++v) odd |= magnitude(load(row + v * W)) >= kInf;
+    float* row = sums + r * stride;
+    for (int64_t c = 0; c < count; c += W) odd |= magnitude(load(row + c)) >= kInf;
     if (p.bias)
       for (int64_t c = 0; c < count; ++c) row[c] += widen(static_cast<const T*>(p.bias)[c0 + c]);
     convert(row, count, static_cast<T*>(p.y) + (m0 + r) * p.columns + c0);
@@ -304,7 +305,7 @@ static bool multiply(const Product& p, const MakePanels& panels_of) {
           panels.build(c0, count, begin, length, panel);
           products(Decoded<E>{panel});
         }
-        if (!finish<T>(p, sums, m0, rows, c0, count)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+        if (!finish<T>(p, sums, kColumns, m0, rows, c0, count)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
       }
     });
   }
