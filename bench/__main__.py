@@ -18,6 +18,7 @@ COMMANDS = {
     "limits": "measure what the machine can do: bandwidth and matrix rates",
     "model": "train whole models with this package and its peers",
     "quality": "errors of the formats on trained weights, and perplexity",
+    "compiled": "what the Triton kernels become on every GPU: registers, spills, instructions; needs no GPU",
 }
 
 

@@ -1,7 +1,7 @@
 """What all launchers share: configurations, the launch itself, and matrix products in one precision.
 
-A kernel's configuration (its constexprs, num_warps, num_stages) comes from `config`: from `tuned/<gpu>.json` if that GPU
-was tuned for the problem (`python -m quant_triton.tune`), else from the op's default for the architecture. An op
+A kernel's configuration (its constexprs, num_warps, num_stages) comes from `config`: from `tuned/<gpu>.json` if that
+GPU was tuned for the problem (`python -m quant_triton.tune`), else from the op's default for the architecture. An op
 registers under a name of its choice:
 
     @default_config("linear_4bit_matvec")
@@ -13,8 +13,8 @@ registers under a name of its choice:
     @problem("linear_4bit_matvec")               # what the tuner times: the public function, inputs made once
     def _(device, m, n, k): return lambda: linear_4bit(x, ...)
 
-and its launcher asks `config("linear_4bit_matvec", x.device, m=bucket(m), n=n, k=k)`, with everything in the key that the
-best configuration depends on. Rows go in as `bucket(m)`, and the kernel's own argument for them is named in
+and its launcher asks `config("linear_4bit_matvec", x.device, m=bucket(m), n=n, k=k)`, with everything in the key that
+the best configuration depends on. Rows go in as `bucket(m)`, and the kernel's own argument for them is named in
 `triton.jit(do_not_specialize=[...])`, or else every other batch compiles again.
 
 Compiled and interpreted, not yet run on a GPU.
@@ -166,17 +166,18 @@ def default(op: str, arch: Architecture, **key: Any) -> dict[str, Any]:
 class forced:
     """Within a `with` block `config(op, ...)` gives `config`; `.keys` are those it was asked with."""
 
-    active: dict[str, forced] = {}
-
     def __init__(self, op: str, config: Config | None = None) -> None:
         self.op, self.config, self.keys = op, config, []
 
     def __enter__(self) -> forced:
-        self.active[self.op] = self
+        _forced[self.op] = self
         return self
 
     def __exit__(self, *exc: object) -> None:
-        del self.active[self.op]
+        del _forced[self.op]
+
+
+_forced: dict[str, forced] = {}
 
 
 def config(op: str, device: torch.device, **key: Any) -> Config:
@@ -188,7 +189,7 @@ def config(op: str, device: torch.device, **key: Any) -> Config:
     Returns:
         Constexprs, num_warps and num_stages, to be unpacked into the launch. Read-only.
     """
-    force = forced.active.get(op)
+    force = _forced.get(op)
     if force is None:
         return _config(op, device, **key)
     force.keys.append(key)

@@ -1,0 +1,60 @@
+"""Runs the tests of this folder under Triton's interpreter, each file in a process of its own.
+
+Triton decides when a kernel is defined whether it will be interpreted, and the rest of the suite needs its compiler. So
+pytest sees a file here as one test, which runs the file under TRITON_INTERPRET=1. To see or choose single tests:
+
+    TRITON_INTERPRET=1 python -m pytest tests/quant_triton/test_nf4.py -k nested
+
+The interpreter is wrong about bfloat16: use `dtypes` here, and compile bfloat16 in test_compiled.py.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+NEED_THE_COMPILER = ("test_compiled.py", "test_tune.py")
+
+if importlib.util.find_spec("triton") is None:  # it has wheels for Linux only
+    collect_ignore_glob = ["test_*.py"]
+elif INTERPRETING:
+    collect_ignore = list(NEED_THE_COMPILER)
+
+
+class InterpretedFile(pytest.File):
+    """A test file that becomes one test."""
+
+    def collect(self):
+        yield InterpretedTests.from_parent(self, name="interpreted")
+
+
+class InterpretedTests(pytest.Item):
+    """Passes if all tests of its file do."""
+
+    def runtest(self):
+        marks = self.config.getoption("-m")
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-m", marks, self.path]
+        paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+        env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        self.add_report_section("call", "under the interpreter", result.stdout + result.stderr)
+        # 5: the marks chosen leave no test.
+        assert result.returncode in (0, 5), f"{self.path.name} failed under Triton's interpreter, see its output"
+
+    def repr_failure(self, excinfo):
+        return str(excinfo.value)
+
+    def reportinfo(self):
+        return self.path, None, f"{self.path.name} under Triton's interpreter"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makemodule(module_path, parent):
+    if not INTERPRETING and module_path.parent == Path(__file__).parent and module_path.name not in NEED_THE_COMPILER:
+        return InterpretedFile.from_parent(parent, path=module_path)
+    return None
