@@ -4,6 +4,8 @@ A backend is a named set of kernels. `auto` (the default) lets the dispatcher ch
 CPU supports for CPU tensors, plain PyTorch for devices without kernels of their own. An explicit choice, by
 `use_backend(name)` or the environment variable QUANTLIB_BACKEND, never falls back: it raises with what is
 missing. `explain(op, device)` says which backend would run and why the others would not.
+
+Under TRITON_INTERPRET=1 the Triton kernels serve tensors on every device, slowly, as a proof.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -38,25 +40,30 @@ _C, _c_missing = _import("quantlib._C")
 class Backend:
     """A named set of kernels.
 
-    name: what `use_backend` takes. device: the device type it serves, None for all. ops: the ops it has.
+    name: what `use_backend` takes. device: the device type it serves, None for all. offers: gives the ops it has.
     kernel: op name -> callable with the op's schema. missing: why it cannot run here, "" if it can.
     manual: why `auto` passes it over although it can run, "" if it does not.
     """
 
     name: str
     device: str | None
-    ops: tuple[str, ...]
+    offers: Callable[[], Iterable[str]]
     kernel: Callable[[str], Callable]
     missing: str = ""
     manual: str = ""
 
+    @functools.cached_property
+    def ops(self) -> tuple[str, ...]:
+        """The ops it has, asked when first needed: GPU libraries are not loaded before."""
+        return tuple(self.offers())
+
     def refusal(self, op: str, device: str) -> str:
         """Why this backend cannot run `op` on `device`; "" if it can."""
-        if op not in self.ops:
-            return f"has no kernel for {op}"
         if self.device not in (None, device):
             return f"serves {self.device} tensors, not {device}"
-        return self.missing
+        if self.missing:
+            return self.missing
+        return "" if op in self.ops else f"has no kernel for {op}"
 
 
 _OVERLOADS = {op: getattr(torch.ops.quantlib, op).default for op in ops.SCHEMAS}
@@ -91,15 +98,30 @@ def _cpu_missing(name: str) -> str:
     return "" if name in _C.cpu_isas() else f"it needs {_CPU_LEVELS[name]}, which this CPU lacks"
 
 
-def _gpu_missing(module: str) -> str:
-    """Looks without importing: loading a GPU library on a machine without one fails, or costs start-up time."""
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
-    return "" if importlib.util.find_spec(module) else f"{module} is not installed"
+def _not_installed(*modules: str) -> str:
+    """Which is not, "" if all are. Looks without importing: that fails without a GPU, or costs start-up time."""
+    return next((f"{module} is not installed" for module in modules if not importlib.util.find_spec(module)), "")
+
+
+def _gpu_missing(*modules: str) -> str:
+    return _not_installed(*modules) if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_ops() -> list[str]:
+    """Registers what quant_triton has as torch.ops.quantlib_triton.*: torch.compile need not look into a launch."""
+    quant_triton, _ = _import("quant_triton")
+    offered = [op for op in ops.SCHEMAS if op in getattr(quant_triton, "__all__", ())]
+    for op in offered:
+        ops.register("quantlib_triton", op)
+        torch.library.impl(f"quantlib_triton::{op}", "CompositeExplicitAutograd")(getattr(quant_triton, op))
+    return offered
 
 
 def _triton(op: str) -> Callable:
-    return getattr(importlib.import_module("quant_triton"), op)
+    return getattr(torch.ops.quantlib_triton, op).default
 
 
 def _cuda(op: str) -> Callable:
@@ -107,15 +129,26 @@ def _cuda(op: str) -> Callable:
     return getattr(torch.ops.quantlib_cuda, op).default
 
 
-_ALL = tuple(ops.SCHEMAS)
 _NEVER_RUN = "it compiles, but no run on a GPU has confirmed it"
+
+
+def _all() -> Iterable[str]:
+    return ops.SCHEMAS
+
 
 # In the order in which `auto` considers them.
 BACKENDS: tuple[Backend, ...] = (
-    *(Backend(name, "cpu", _ALL, _registered, _cpu_missing(name)) for name in _CPU_LEVELS),
-    Backend("triton", "cuda", ("dequantize_4bit",), _triton, _gpu_missing("triton"), manual=_NEVER_RUN),
-    Backend("cuda", "cuda", ("dequantize_4bit",), _cuda, _gpu_missing("quantlib._C_cuda"), manual=_NEVER_RUN),
-    Backend("reference", None, _ALL, _reference),
+    *(Backend(name, "cpu", _all, _registered, _cpu_missing(name)) for name in _CPU_LEVELS),
+    Backend(
+        "triton",
+        None if _INTERPRETED else "cuda",
+        _triton_ops,
+        _triton,
+        (_not_installed if _INTERPRETED else _gpu_missing)("triton", "quant_triton"),
+        manual=_NEVER_RUN,
+    ),
+    Backend("cuda", "cuda", lambda: ("dequantize_4bit",), _cuda, _gpu_missing("quantlib._C_cuda"), manual=_NEVER_RUN),
+    Backend("reference", None, _all, _reference),
 )
 
 
@@ -144,6 +177,8 @@ class _Choice:
         backend = None if name == AUTO else _find(name)
         if backend is not None and backend.missing:
             raise RuntimeError(f"quantlib.use_backend: {name!r} cannot run here: {backend.missing}")
+        if backend is not None:
+            _ = backend.ops  # what it loads should not be loaded first in the middle of torch.compile
         if _C is not None:
             _C.set_cpu_isa(backend.name if backend and backend.device == "cpu" else _C.cpu_isas()[0])
         self.backend = backend

@@ -304,16 +304,17 @@ _FAKES = {
 }
 
 
-def _register(name: str) -> None:
+def register(namespace: str, name: str) -> None:
+    """Declares an op of SCHEMAS as `torch.ops.<namespace>.<name>`, with its check and fake."""
     check, fake = CHECKS[name], _FAKES[name]
 
     def checked_fake(*args):
         check(*args)
         return fake(*args)
 
-    torch.library.define(f"quantlib::{name}", SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
-    torch.library.register_fake(f"quantlib::{name}", checked_fake)
+    torch.library.define(f"{namespace}::{name}", SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
+    torch.library.register_fake(f"{namespace}::{name}", checked_fake)
 
 
 for _name in SCHEMAS:
-    _register(_name)
+    register("quantlib", _name)

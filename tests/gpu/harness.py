@@ -19,7 +19,7 @@ from quantlib import ops, reference, use_backend
 from quantlib.backends import BACKENDS, kernel
 from quantlib.formats import quantize_absmax
 
-# `bench/gpu.sh --dry-run` walks these tests on a CPU, with Triton's interpreter.
+# `bench/gpu.sh --dry-run` walks these tests on a CPU, with Triton's interpreter: it sets TRITON_INTERPRET=1 as well.
 DRY_RUN = os.environ.get("QUANTLIB_GPU_DRY_RUN") == "1"
 DEVICE = torch.device("cpu" if DRY_RUN else "cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

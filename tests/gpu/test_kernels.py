@@ -136,6 +136,12 @@ def test_dequantize_4bit_beyond_two_to_the_31_elements(backend, double_quant):
         assert_same(out[start:stop], expected)
 
 
+@pytest.mark.parametrize("backend", [b.name for b in harness.ON_DEVICE])
+def test_every_backend_is_here_and_has_kernels(backend):
+    usable(backend)
+    assert backend in {name for name, _ in KERNELS}
+
+
 def test_auto_and_the_table_of_backends_agree_about_this_machine():
     for op in sorted({op for _, op in KERNELS}):
         assert backends.explain(op, DEVICE).chosen is not None, op

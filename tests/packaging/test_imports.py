@@ -34,8 +34,8 @@ def test_llama_of_transformers_imports_beside_our_folder():
 
 @pytest.mark.parametrize("package", ["quantlib", "lora_ops"])
 def test_importing_a_package_is_light(package):
-    """No trainer library comes along, and no CUDA context is made: a process may still fork after the import."""
-    heavy = ["transformers", "peft", "bitsandbytes", "datasets", "matplotlib"]
+    """No trainer library nor Triton comes along, and no CUDA context is made: a process may still fork afterwards."""
+    heavy = ["transformers", "peft", "bitsandbytes", "datasets", "matplotlib", "quant_triton", "triton"]
     code = f"""
 import json, sys, {package}, torch
 print(json.dumps([[name for name in {heavy} if name in sys.modules], torch.cuda.is_initialized()]))

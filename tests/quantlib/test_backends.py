@@ -1,5 +1,6 @@
 """Choosing a backend, and being told which one runs."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -44,6 +45,31 @@ def test_shapes_are_inferred_under_any_backend():
     """A layer on the meta device is how every conversion begins."""
     with quantlib.use_backend("reference"):
         assert quantlib.Linear4bit(64, 64, device="meta").weight.shape == (2048, 1)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which has wheels for Linux only")
+def test_the_interpreter_lets_triton_serve_the_cpu_on_request():
+    script = """
+import torch, quantlib
+from quantlib import backends
+print(quantlib.explain("dequantize_4bit").verdicts["triton"])
+with quantlib.use_backend("triton"):
+    print(backends.kernel("dequantize_4bit", torch.device("cpu")).name())
+"""
+    paths = os.pathsep.join(["kernels", os.environ.get("PYTHONPATH", "")])
+    result = _python("-c", script, TRITON_INTERPRET="1", PYTHONPATH=paths)
+    assert result.stdout.splitlines() == [
+        f"only on request: {backends._NEVER_RUN}",
+        "quantlib_triton::dequantize_4bit",
+    ], result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_triton_says_what_is_missing():
+    assert quantlib.explain("linear_4bit").verdicts["triton"] == "no: serves cuda tensors, not cpu"
+    assert quantlib.explain("linear_4bit", "cuda").verdicts["triton"] == "no: torch finds no CUDA device"
+    with pytest.raises(RuntimeError, match="'triton' cannot run here: torch finds no CUDA device"):
+        quantlib.use_backend("triton")
 
 
 def test_unknown_names():
