@@ -8,9 +8,9 @@ VARIANTS = [
         f"dropout {dtype}",
         dropout._dropout_kernel,
         {"x": f"*{dtype}", "seed": "*i64", "out": f"*{dtype}", "n": "i64:16", "threshold": "i32", "scale": "fp32"},
-        {"GROUPS": dropout.GROUPS_PER_PROGRAM},
+        dropout.TILE,
         {"enable_fp_fusion": False},
-        Expect(load=16, store=16, absent=("st.shared",)),  # words meet their elements without an exchange
+        Expect(load=4 * size, store=4 * size, absent=("st.shared",)),  # words meet their elements without an exchange
     )
-    for dtype in ("fp32", "bf16")
+    for dtype, size in (("fp32", 4), ("bf16", 2))
 ]
