@@ -3,13 +3,16 @@
 Notation, as in `lora_ops.reference`: S = drop(x) A^T, of shape [rows, rank]; y = x W^T + b + s S B^T.
 
 The branch is under 1% of the arithmetic; its cost is passes over x, y and dY, casts, copies and saved tensors.
-So the branch is added into the base product in place, dropout and S are recomputed in the backward pass from
-the seed, nothing is cast to float32, and the scaling is applied inside the GEMMs, where it costs no rounding.
+Where the backend has kernels for the whole (`quantlib.ops.COMPOSED`), one registered op does the forward pass and one
+the backward pass, with S, rank numbers a row, saved in between. Elsewhere both are composed here: the branch is added
+into the base product in place, dropout and S are recomputed in the backward pass from the seed, nothing is cast to
+float32, and the scaling is applied inside the GEMMs, where it costs no rounding.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from quantlib import reference
-from quantlib.backends import kernel
+from quantlib.backends import fused, kernel
 from quantlib.formats import Quantized4bit, QuantizedInt8
 from quantlib.functional import autocast_dtype, matmul, matmul_dx
 
@@ -63,6 +66,12 @@ def _autocast_off(device_type: str) -> AbstractContextManager:
     return torch.autocast(device_type, enabled=False) if autocast_dtype(device_type) else nullcontext()
 
 
+def _whole(x: Tensor, tensors: tuple[Tensor | None, ...], suffix: str = "") -> Callable | None:
+    """The kernel for base and branch together, None where there is none."""
+    op = {5: "lora_linear_4bit", 2: "lora_linear_int8"}.get(len(tensors))
+    return None if op is None or x.dtype == torch.float64 else fused(op + suffix, x.device)
+
+
 class _LoraLinear(torch.autograd.Function):
     """On rows: x [M, in], A [rank, in], B [out, rank], bias [out] -> [M, out]."""
 
@@ -70,11 +79,17 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, A, B, bias, seed, scaling, dropout_p, threshold, rest, *tensors):
-        ctx.save_for_backward(x, A, B, seed, *tensors)
         ctx.constants = (scaling, dropout_p, rest, None if bias is None else bias.dtype)
-        y = matmul(x, _unflatten(tensors, rest), None if bias is None else bias.to(x.dtype), threshold)
-        S = _dropout(x, seed, dropout_p) @ A.to(x.dtype).t()
-        return y.addmm_(S, B.to(x.dtype).t(), alpha=scaling)
+        bias = None if bias is None else bias.to(x.dtype)
+        whole = _whole(x, tensors)
+        if whole is None:
+            y, S = matmul(x, _unflatten(tensors, rest), bias, threshold), None
+            y.addmm_(_dropout(x, seed, dropout_p) @ A.to(x.dtype).t(), B.to(x.dtype).t(), alpha=scaling)
+        else:
+            of_base = (*rest[:2], bias) if len(tensors) == 5 else (bias, threshold)
+            y, S = whole(x, *tensors, *of_base, A, B, scaling, seed, dropout_p, any(ctx.needs_input_grad))
+        ctx.save_for_backward(x, A, B, seed, S, *tensors)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -84,11 +99,34 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, A, B, seed, *tensors = ctx.saved_tensors
+    x, A, B, seed, S, *tensors = ctx.saved_tensors
     scaling, dropout_p, rest, bias_dtype = ctx.constants
-    needs_dx, needs_dA, needs_dB, needs_db = ctx.needs_input_grad[:4]
-    dx = dA = dB = db = None
+    *needed, needs_db = ctx.needs_input_grad[:4]
+    branch = (A, B, scaling, seed, dropout_p, needed)
+    whole = None if S is None else _whole(x, tensors, "_backward")
+    if whole is None:
+        dx, dA, dB = _composed_backward(dy, x, _unflatten(tuple(tensors), rest), *branch)
+    else:
+        of_base = rest[:2] if len(tensors) == 5 else ()
+        results = whole(dy, x, S, *tensors, *of_base, *branch)
+        dx, dA, dB = (result if wanted else None for result, wanted in zip(results, needed, strict=True))
+    db = dy.sum(0, dtype=torch.promote_types(dy.dtype, bias_dtype)).to(bias_dtype) if needs_db else None
+    return dx, dA, dB, db, *(None,) * (5 + len(tensors))
 
+
+def _composed_backward(
+    dy: Tensor,
+    x: Tensor,
+    base: Base,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    seed: Tensor | None,
+    dropout_p: float,
+    needed: list[bool],
+) -> tuple[Tensor | None, ...]:
+    needs_dx, needs_dA, needs_dB = needed
+    dx = dA = dB = None
     A_x = A.to(x.dtype)
     dropped = _dropout(x, seed, dropout_p) if needs_dA or needs_dB else None
     if needs_dB:
@@ -99,14 +137,12 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         dA = _scaled_mm(dyB.t(), dropped, scaling).to(A.dtype)
     del dropped
     if needs_dx:
-        dx = matmul_dx(dy, _unflatten(tuple(tensors), rest))
+        dx = matmul_dx(dy, base)
         if seed is None:
             dx.addmm_(dyB, A_x, alpha=scaling)
         else:
             dx.add_(_dropout(_scaled_mm(dyB, A_x, scaling), seed, dropout_p))
-    if needs_db:
-        db = dy.sum(0, dtype=torch.promote_types(dy.dtype, bias_dtype)).to(bias_dtype)
-    return dx, dA, dB, db, *(None,) * (5 + len(tensors))
+    return dx, dA, dB
 
 
 def _check(x: Tensor, base: Base, A: Tensor, B: Tensor, bias: Tensor | None, dropout_p: float) -> None:
@@ -157,7 +193,8 @@ def lora_linear(
 ) -> Tensor:
     """`x W^T + bias + scaling * dropout(x) A^T B^T` with a frozen W (LoRA, arXiv 2106.09685).
 
-    Differentiable once in x, A, B and bias. Saves x, A, B, the packed weight and the dropout seed, nothing else.
+    Differentiable once in x, A, B and bias. Saves x, A, B, the packed weight and the dropout seed, and S where a
+    kernel for the whole serves; nothing else.
 
     Args:
         x: [..., in_features], any strides: float32, float16 or bfloat16; float64 with a float64 base.

@@ -31,6 +31,9 @@ def example_args(device: torch.device | str = "cpu", dtype: torch.dtype = torch.
     q4 = quantize_4bit(weight, double_quant=True).to(device).op_args()
     q8 = quantize_int8(weight)
     int8 = q8.values.to(device), q8.absmax.to(device)
+    a, b = torch.randn(4, 96, generator=generator).to(device), torch.randn(24, 4, generator=generator).to(device)
+    branch = (a, b, 0.5, seed, 0.25)
+    s = (reference.dropout(x, seed, 0.25) @ a.to(dtype).t()).contiguous()
     return {
         "quantize_4bit": (x, "nf4", 64),
         "dequantize_4bit": (*q4, [24, 96], dtype),
@@ -42,6 +45,10 @@ def example_args(device: torch.device | str = "cpu", dtype: torch.dtype = torch.
         "linear_int8": (x, *int8, bias, 6.0),
         "linear_int8_dx": (dy, *int8),
         "dropout": (x, seed, 0.25),
+        "lora_linear_4bit": (x, *q4, bias, *branch, True),
+        "lora_linear_4bit_backward": (dy, x, s, *q4, *branch, [True, True, True]),
+        "lora_linear_int8": (x, *int8, bias, 6.0, *branch, True),
+        "lora_linear_int8_backward": (dy, x, s, *int8, *branch, [True, True, True]),
     }
 
 
@@ -89,7 +96,7 @@ def main() -> int:
                     fault = _run_step(name, op, device)
                     broken |= bool(fault)
                     status = f"BROKEN: {fault}" if fault else f"ok; {verdict}"
-                print(f"{device:<5} {op:<17} {name:<13} {status}")
+                print(f"{device:<5} {op:<25} {name:<13} {status}")
     if backends._C is None:
         print(f"\nThe native kernels are missing: {backends._c_missing}. Rebuild with `pip install .`")
         broken = True

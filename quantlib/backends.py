@@ -136,9 +136,13 @@ def _all() -> Iterable[str]:
     return ops.SCHEMAS
 
 
+def _not_composed() -> Iterable[str]:
+    return (op for op in ops.SCHEMAS if op not in ops.COMPOSED)
+
+
 # In the order in which `auto` considers them.
 BACKENDS: tuple[Backend, ...] = (
-    *(Backend(name, "cpu", _all, _registered, _cpu_missing(name)) for name in _CPU_LEVELS),
+    *(Backend(name, "cpu", _not_composed, _registered, _cpu_missing(name)) for name in _CPU_LEVELS),
     Backend(
         "triton",
         None if _INTERPRETED else "cuda",
@@ -226,6 +230,14 @@ def kernel(op: str, device: torch.device) -> Callable:
     return backend.kernel(op)
 
 
+def fused(op: str, device: torch.device) -> Callable | None:
+    """The kernel that serves one of `ops.COMPOSED` as a whole; None where it is composed of the other ops' kernels."""
+    backend = _choice.backend
+    if backend is None or backend.refusal(op, device.type):
+        return None
+    return backend.kernel(op)
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What `explain` found: the backend that would run `op` on `device`, and the verdict on each backend."""
@@ -267,7 +279,8 @@ def explain(op: str, device: torch.device | str | torch.Tensor = "cpu") -> Expla
             verdicts[backend.name] = f"only on request: {backend.manual}"
         elif chosen is None:
             chosen = backend.name
-            verdicts[backend.name] = "chosen: the first that can run"
+            how = "composed of other ops, each by its own kernel" if op in ops.COMPOSED else "the first that can run"
+            verdicts[backend.name] = f"chosen: {how}"
         else:
             verdicts[backend.name] = f"can run, but {chosen} comes first"
     return Explanation(op, device_type, chosen, verdicts)

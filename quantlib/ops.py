@@ -15,6 +15,14 @@ A 4-bit weight of n elements travels through every op as the same seven argument
     offset           [], float32, the mean subtracted from absmax; None without double quant
     quant_type       "nf4" or "fp4"
     block_size       32, 64, 128, ... 4096
+
+and a LoRA branch, y += scaling * dropout(x) a^T b^T, as five:
+
+    a                [rank, in_features], any float dtype
+    b                [out_features, rank], any float dtype
+    scaling          factor of the branch
+    seed             [1] int64, of the dropout in front of the branch; None for none
+    p                probability of that dropout
 """
 
 from __future__ import annotations
@@ -32,6 +40,7 @@ _WEIGHT_4BIT = (
     "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_codebook, Tensor? offset, "
     "str quant_type, int block_size"
 )
+_BRANCH = "Tensor a, Tensor b, float scaling, Tensor? seed, float p"
 
 SCHEMAS = {
     "quantize_4bit": "(Tensor x, str quant_type, int block_size) -> (Tensor packed, Tensor absmax)",
@@ -46,7 +55,16 @@ SCHEMAS = {
     "linear_int8": "(Tensor x, Tensor values, Tensor absmax, Tensor? bias, float threshold) -> Tensor",
     "linear_int8_dx": "(Tensor dy, Tensor values, Tensor absmax) -> Tensor",
     "dropout": "(Tensor x, Tensor seed, float p) -> Tensor",
+    "lora_linear_4bit": f"(Tensor x, {_WEIGHT_4BIT}, Tensor? bias, {_BRANCH}, bool keep_s) -> (Tensor y, Tensor s)",
+    "lora_linear_4bit_backward": f"(Tensor dy, Tensor x, Tensor s, {_WEIGHT_4BIT}, {_BRANCH}, bool[3] needed) "
+    "-> (Tensor dx, Tensor da, Tensor db)",
+    "lora_linear_int8": f"(Tensor x, Tensor values, Tensor absmax, Tensor? bias, float threshold, {_BRANCH}, "
+    "bool keep_s) -> (Tensor y, Tensor s)",
+    "lora_linear_int8_backward": f"(Tensor dy, Tensor x, Tensor s, Tensor values, Tensor absmax, {_BRANCH}, "
+    "bool[3] needed) -> (Tensor dx, Tensor da, Tensor db)",
 }
+# Where no kernel fuses these, `lora_ops` composes them of the ops above.
+COMPOSED = tuple(name for name in SCHEMAS if name.startswith("lora_"))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -268,6 +286,61 @@ def check_dropout(x: Tensor, seed: Tensor, p: float) -> None:
     _check_devices("dropout", "x", x, seed=seed)
 
 
+def _check_branch(
+    op: str, x: Tensor, a: Tensor, b: Tensor, seed: Tensor | None, p: float, out_features: int | None = None
+) -> None:
+    for name, t in (("a", a), ("b", b)):
+        _check_float(op, name, t)
+        if t.dim() != 2:
+            raise ValueError(f"quantlib.{op}: {name} has shape {tuple(t.shape)}; it must be a matrix")
+    if a.shape[0] < 1 or a.shape[1] != x.shape[-1]:
+        raise ValueError(f"quantlib.{op}: a has shape {tuple(a.shape)}; expected [rank, {x.shape[-1]}], rank >= 1")
+    if b.shape[1] != a.shape[0] or (out_features is not None and b.shape[0] != out_features):
+        rows = "out_features" if out_features is None else out_features
+        raise ValueError(f"quantlib.{op}: b has shape {tuple(b.shape)}; expected [{rows}, {a.shape[0]}]")
+    _check_devices(op, "x", x, a=a, b=b, seed=seed)
+    if seed is not None:
+        check_dropout(x, seed, p)
+
+
+def check_lora_linear_4bit(x: Tensor, *weight_bias_branch) -> None:
+    *weight, bias, a, b, _, seed, p, _ = weight_bias_branch
+    _check_last_dim("lora_linear_4bit", "x", x, None, "in_features")
+    _check_branch("lora_linear_4bit", x, a, b, seed, p)
+    check_linear_4bit(x, *weight, b.shape[0], bias)
+
+
+def check_lora_linear_int8(
+    x: Tensor, values: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, *branch
+) -> None:
+    a, b, _, seed, p, _ = branch
+    check_linear_int8(x, values, absmax, bias, threshold)
+    _check_branch("lora_linear_int8", x, a, b, seed, p, values.shape[0])
+
+
+def _check_backward(op: str, dy: Tensor, x: Tensor, s: Tensor, a: Tensor, b: Tensor, seed, p: float) -> None:
+    _check_float(op, "dy", dy)
+    _check_branch(op, x, a, b, seed, p)
+    for name, t, features in (("dy", dy, b.shape[0]), ("s", s, a.shape[0])):
+        if t.dtype != x.dtype or tuple(t.shape) != (*x.shape[:-1], features):
+            raise ValueError(
+                f"quantlib.{op}: {name} is {t.dtype} {tuple(t.shape)}; expected {x.dtype} {(*x.shape[:-1], features)}"
+            )
+    _check_devices(op, "x", x, dy=dy, s=s)
+
+
+def check_lora_linear_4bit_backward(dy: Tensor, x: Tensor, s: Tensor, *weight_branch) -> None:
+    *weight, a, b, _, seed, p, _ = weight_branch
+    _check_backward("lora_linear_4bit_backward", dy, x, s, a, b, seed, p)
+    check_linear_4bit_dx(dy, *weight, x.shape[-1])
+
+
+def check_lora_linear_int8_backward(dy: Tensor, x: Tensor, s: Tensor, values, absmax, *branch) -> None:
+    a, b, _, seed, p, _ = branch
+    _check_backward("lora_linear_int8_backward", dy, x, s, a, b, seed, p)
+    check_linear_int8_dx(dy, values, absmax)
+
+
 CHECKS = {name: globals()[f"check_{name}"] for name in SCHEMAS}
 
 # ---------------------------------------------------------------------------------------------------
@@ -290,6 +363,19 @@ def _fake_quantize_int8(x, dim, block_size, threshold):
     )
 
 
+def _fake_lora(x, *rest):
+    a, b, keep_s = rest[-6], rest[-5], rest[-1]
+    return (
+        x.new_empty((*x.shape[:-1], b.shape[0])),
+        x.new_empty((*x.shape[:-1], a.shape[0]) if keep_s else (0,)),
+    )
+
+
+def _fake_lora_backward(dy, x, *rest):
+    a, b, needed = rest[-6], rest[-5], rest[-1]
+    return tuple(t.new_empty(t.shape if wanted else (0,)) for t, wanted in zip((x, a, b), needed, strict=True))
+
+
 _FAKES = {
     "quantize_4bit": _fake_quantize_4bit,
     "dequantize_4bit": lambda packed, *a: packed.new_empty(a[-2], dtype=a[-1]),
@@ -301,6 +387,10 @@ _FAKES = {
     "linear_int8": lambda x, values, *a: x.new_empty((*x.shape[:-1], values.shape[0])),
     "linear_int8_dx": lambda dy, values, absmax: dy.new_empty((*dy.shape[:-1], values.shape[1])),
     "dropout": lambda x, seed, p: x.new_empty(x.shape),
+    "lora_linear_4bit": _fake_lora,
+    "lora_linear_4bit_backward": _fake_lora_backward,
+    "lora_linear_int8": _fake_lora,
+    "lora_linear_int8_backward": _fake_lora_backward,
 }
 
 

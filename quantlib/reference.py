@@ -295,3 +295,112 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     words = philox4x32(counter, (seed & _MASK32, (seed >> 32) & _MASK32)).view(-1)[:n].view(x.shape)
     kept = (words >> 8) >= math.ceil(p * 2**24)  # u >= p, compared exactly
     return torch.where(kept, x.to(compute) * (1 / (1 - p)), 0).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------
+# LoRA (arXiv:2106.09685) on a frozen base: s = dropout(x) a^T, y = x W^T + bias + scaling * s b^T. Factors a and b are
+# rounded to the dtype of x; y takes s rounded to it, too, as does the gradient of b.
+
+
+def _dropped(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    return x if seed is None else dropout(x, seed, p)
+
+
+def _lora(y, x, a, b, scaling, seed, p, keep_s) -> tuple[Tensor, Tensor]:
+    s = _dropped(x, seed, p) @ a.to(x.dtype).t()
+    y = (y.to(_arithmetic(x.dtype)) + scaling * (s @ b.to(x.dtype).t())).to(x.dtype)
+    return y, s if keep_s else s.new_empty(0)
+
+
+def _lora_backward(base_dx, dy, x, s, a, b, scaling, seed, p, needed) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dropped = dy.flatten(0, -2), _dropped(x, seed, p).flatten(0, -2)
+    ds = scaling * (dy @ b.to(x.dtype))
+    dx = base_dx() + _dropped(ds @ a.to(x.dtype), seed, p) if needed[0] else x.new_empty(0)
+    da = (ds.flatten(0, -2).t() @ dropped).to(a.dtype) if needed[1] else a.new_empty(0)
+    db = (scaling * (rows.t() @ s.flatten(0, -2))).to(b.dtype) if needed[2] else b.new_empty(0)
+    return dx, da, db
+
+
+def lora_linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_codebook: Tensor | None,
+    offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    seed: Tensor | None,
+    p: float,
+    keep_s: bool,
+) -> tuple[Tensor, Tensor]:
+    """`linear_4bit` with a LoRA branch. x: [..., in_features].
+
+    Returns:
+        y [..., out_features] and s [..., rank], both in x's dtype; s is empty unless keep_s.
+    """
+    weight = (packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size)
+    y = linear_4bit(x, *weight, b.shape[0], bias)
+    return _lora(y, x, a, b, scaling, seed, p, keep_s)
+
+
+def lora_linear_4bit_backward(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_codebook: Tensor | None,
+    offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    seed: Tensor | None,
+    p: float,
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `lora_linear_4bit` for x, a and b, in their dtypes; those not `needed` are empty. s: as it gave."""
+    weight = (packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size)
+    base_dx = lambda: linear_4bit_dx(dy, *weight, x.shape[-1])  # noqa: E731
+    return _lora_backward(base_dx, dy, x, s, a, b, scaling, seed, p, needed)
+
+
+def lora_linear_int8(
+    x: Tensor,
+    values: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    seed: Tensor | None,
+    p: float,
+    keep_s: bool,
+) -> tuple[Tensor, Tensor]:
+    """`linear_int8` with a LoRA branch, whose x is not quantized. Returns y and s as `lora_linear_4bit` does."""
+    return _lora(linear_int8(x, values, absmax, bias, threshold), x, a, b, scaling, seed, p, keep_s)
+
+
+def lora_linear_int8_backward(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    values: Tensor,
+    absmax: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    seed: Tensor | None,
+    p: float,
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `lora_linear_int8` for x, a and b, straight through the rounding of x."""
+    return _lora_backward(lambda: linear_int8_dx(dy, values, absmax), dy, x, s, a, b, scaling, seed, p, needed)

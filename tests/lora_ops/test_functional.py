@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from lora_ops import lora_linear, reference
-from quantlib import dequantize_4bit, dequantize_int8, quantize_4bit, quantize_int8
+from quantlib import dequantize_4bit, dequantize_int8, quantize_4bit, quantize_int8, use_backend
 from quantlib import reference as quant_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,14 +70,17 @@ def test_gradcheck(dropout_p):
     assert torch.autograd.gradcheck(check, (x, A, B, bias))
 
 
+# Under "reference" base and branch are one op, under "auto" they are composed.
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("kind", BASES)
-def test_values_and_gradients(kind, dropout_p):
+def test_values_and_gradients(kind, dropout_p, backend):
     x, base, A, B, bias, dense = make_inputs(kind)
     keep = mask_of_next_call(x, dropout_p) if dropout_p else None
-    y = lora_linear(x, base, A, B, 2.0, bias, dropout_p, threshold=0.0)
-    dy = torch.randn_like(y)
-    grads = torch.autograd.grad(y, (x, A, B, bias), dy)
+    with use_backend(backend):
+        y = lora_linear(x, base, A, B, 2.0, bias, dropout_p, threshold=0.0)
+        dy = torch.randn_like(y)
+        grads = torch.autograd.grad(y, (x, A, B, bias), dy)
     wide = [t.detach().double() for t in (x, A, B, bias)]
     expected = reference.lora_linear(wide[0], dense, wide[1], wide[2], 2.0, wide[3], keep, dropout_p)
     # int8 also rounds x: to 1/254 of the largest element of a row
@@ -193,6 +196,30 @@ def test_checkpointing_replays_the_mask():
     replayed = run(lambda f, *args: checkpoint(f, *args, use_reentrant=False, preserve_rng_state=True))
     for a, b in zip(direct, replayed, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_gradients_that_nobody_needs_are_not_computed(kind):
+    x, base, A, B, bias, _ = make_inputs(kind)
+    everything = torch.autograd.grad(lora_linear(x, base, A, B, 2.0, bias).sum(), (x, A, B))
+    for i in range(3):
+        tensors = [t.detach().requires_grad_(i == j) for j, t in enumerate((x, A, B))]
+        with use_backend("reference"):
+            y = lora_linear(tensors[0], base, *tensors[1:], 2.0, bias.detach())
+            (grad,) = torch.autograd.grad(y.sum(), tensors[i])
+        torch.testing.assert_close(grad, everything[i], rtol=1e-4, atol=1e-4)
+
+
+def test_a_backend_that_changes_between_the_passes_still_serves():
+    x, base, A, B, bias, _ = make_inputs("nf4")
+    expected = torch.autograd.grad(lora_linear(x, base, A, B, 2.0, bias).sum(), (x, A, B, bias))
+    for before, after in (("auto", "reference"), ("reference", "auto")):
+        with use_backend(before):
+            y = lora_linear(x, base, A, B, 2.0, bias)
+        with use_backend(after):
+            grads = torch.autograd.grad(y.sum(), (x, A, B, bias))
+        for grad, other in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-4)
 
 
 def test_two_calls_draw_two_masks():

@@ -25,6 +25,14 @@ def test_other_devices_run_the_reference():
     assert "serves cpu tensors, not xpu" in explanation.verdicts["cpu-portable"]
 
 
+def test_base_and_branch_are_composed_where_no_kernel_has_both():
+    explanation = quantlib.explain("lora_linear_4bit")
+    assert explanation.chosen == "reference" and "composed" in explanation.verdicts["reference"]
+    assert backends.fused("lora_linear_4bit", torch.device("cpu")) is None
+    with quantlib.use_backend("reference"):
+        assert backends.fused("lora_linear_4bit", torch.device("cpu")) is not None
+
+
 def test_use_backend_is_restored():
     with quantlib.use_backend("reference"):
         assert backends.kernel("dropout", torch.device("cpu")).__wrapped__ is backends.reference.dropout
