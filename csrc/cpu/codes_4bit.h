@@ -104,6 +104,8 @@ constexpr int64_t kFewRows = 18;
 constexpr int kFewAtOnce = 6;
 // Rows of the weight in one strip, which stays in L2 until all rows of x have passed it.
 constexpr int64_t kStrip = 64;
+// Elements of x, in all rows, that stay in L1 while the rows of a strip pass them.
+constexpr int64_t kFewElements = 24576;
 // Rows of the weight at a time: independent chains of sums that share the loads of x, as far as registers go.
 template <int M>
 constexpr int kFewColumns = M > 3 ? 2 : 4;
@@ -137,10 +139,11 @@ SIMD_INLINE void sums(const F32* v, float* out) {
   }
 }
 
-// out[m * kStrip + r] = x row m . w row first + r, for kFewColumns rows of which those from `end` on repeat the last.
-// kBlocks: how many blocks a group of 128 has, or 1.
+// out[m * kStrip + r] += x row m . w row first + r over columns [begin, stop), for kFewColumns rows of which those from
+// `end` on repeat the last. kBlocks: how many blocks a group of 128 has, or 1.
 template <int M, int kBlocks>
-static void few_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t first, int64_t end, float* out) {
+static void few_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t first, int64_t end, int64_t begin,
+                     int64_t stop, float* out) {
   constexpr int R = kFewColumns<M>;
   const __m512i table = codebook_bf16(w.codebook);
   const int64_t groups = (k + kGroup - 1) / kGroup, length = groups * kGroup;
@@ -186,8 +189,7 @@ static void few_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t firs
   const auto spread = [&](__m128 scales) __attribute__((always_inline)) {
     return (F32)_mm512_permutexvar_ps(block, _mm512_castps128_ps512(scales));
   };
-  int64_t begin = 0;
-  for (; begin + kGroup <= k; begin += kGroup)
+  for (; begin + kGroup <= stop; begin += kGroup)
     group(
         begin, [](const uint8_t* p) __attribute__((always_inline)) { return _mm512_loadu_si512(p); },
         [&](const float* p) __attribute__((always_inline)) {
@@ -195,8 +197,8 @@ static void few_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t firs
           if constexpr (kBlocks == 2) return spread(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)p)));
           return spread(_mm_loadu_ps(p));
         });
-  if (begin < k) {
-    const int64_t left = k - begin, blocks = (left * kBlocks + kGroup - 1) / kGroup;
+  if (begin < stop) {
+    const int64_t left = stop - begin, blocks = (left * kBlocks + kGroup - 1) / kGroup;
     group(
         begin,
         [&](const uint8_t* p)
@@ -207,5 +209,5 @@ static void few_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t firs
   }
   float all[(M * R + 3) / 4 * 4];
   sums<M * R>(total, all);
-  for (int m = 0; m < M; ++m) __builtin_memcpy(out + m * kStrip, all + m * R, sizeof(float) * R);
+  for (int i = 0; i < M * R; ++i) out[i / R * kStrip + i % R] += all[i];
 }

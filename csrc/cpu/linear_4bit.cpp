@@ -45,7 +45,11 @@ static bool few_rows(const Linear4bit& a, const Weight4bit& w, const bf16* x, in
                     : a.w.block_shift == 6 && a.k >= 64 ? few_dots<M, 2>
                                                         : few_dots<M, 1>;
   float sums[M * kStrip] = {};
-  for (int64_t n = first; n < last; n += kFewColumns<M>) dots(w, x, a.k, n, last, sums + n - first);
+  const int64_t stretches = (a.k * M + kFewElements - 1) / kFewElements;
+  const int64_t depth = (a.k / stretches + kGroup - 1) / kGroup * kGroup;
+  for (int64_t k = 0; k < a.k; k += depth)
+    for (int64_t n = first; n < last; n += kFewColumns<M>)
+      dots(w, x, a.k, n, last, k, k + depth < a.k ? k + depth : a.k, sums + n - first);
   return finish<bf16>({a.x, a.bias, a.m, a.n, a.k, a.y}, sums, kStrip, m, M, first, last - first);
 }
 
