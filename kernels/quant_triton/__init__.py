@@ -3,6 +3,8 @@
 Functions take and return plain tensors, with the arguments of the `torch.ops.quantlib` op of the same name.
 """
 
+from .absmax import dequantize_int8, quantize_int8
+from .dropout import dropout
 from .nf4 import dequantize_4bit
 
-__all__ = ["dequantize_4bit"]
+__all__ = ["dequantize_4bit", "dequantize_int8", "dropout", "quantize_int8"]

@@ -1,0 +1,545 @@
+"""Absmax int8 by row, column, block or tensor, and LLM.int8()'s outlier columns (arXiv:2208.07339) found on device.
+
+A tensor is seen as a matrix whose rows or columns share an absmax; a block is a row of its own. Where a row (up to
+32768 elements) or a column (up to 512) fits into a program, that program reads it once. Longer ones are read twice:
+maxima of tiles first, joined by an atomic maximum, whose result does not depend on the order, then the values.
+
+Outliers. An element at or above the threshold counts in no absmax, which a row decides alone; but its column is an
+outlier in every row, which only the whole batch decides. So rows are quantized without waiting for it: they store a
+flag for the column of each outlier, and the program that arrives last writes the list of flagged columns and their
+number, for later kernels to read as the bound of a loop. The values that rows wrote into those columns are then
+cleared (`quantize_int8`) or taken off the product (`linear_int8`). The host waits for nothing; one buffer, zeroed by
+torch, holds the flags and the counter.
+
+On sm_90 a bfloat16 element takes @@ instructions of the 20 there is time for at the bandwidth of an H200.
+
+Compiled and interpreted, not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import candidates, config, default, default_config, launch, problem
+
+LONGEST_ROW, LONGEST_COLUMN = 32768, 512  # that a program reads at once
+_STEP = tl.constexpr(1 / 127)
+_LARGEST = tl.constexpr(3.4028234663852886e38)
+_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: a float32 sum with it is rounded to an integer, half to even
+_ROUND_BITS = tl.constexpr(0x4B400000)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Arithmetic of the format
+
+
+@triton.jit
+def decoded_int8(values, absmax):
+    """`values * absmax * (1 / 127)` in float32, each product rounded (fp_fusion off); absmax must broadcast."""
+    # As quantized_int8 in reverse: a conversion proper runs at an eighth of the speed of an addition.
+    exact = (values.to(tl.int32) + _ROUND_BITS).to(tl.float32, bitcast=True) - _ROUND
+    return exact * absmax * _STEP
+
+
+@triton.jit
+def quantized_int8(x, absmax):
+    """round(x * (1 / absmax * 127)), half to even; 0 where scale or absmax is not finite. absmax must broadcast."""
+    scale = tl.div_rn(1.0, absmax) * 127  # two roundings, as in bitsandbytes
+    usable = (scale <= _LARGEST) & (absmax <= _LARGEST)
+    rounded = tl.where(usable, x * scale, 0.0) + _ROUND  # the integer is in the last bits of the sum
+    return rounded.to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def _magnitude(x):
+    """|x| as the bits of a float32, which order as integers do, NaN last."""
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _largest(x, AXIS: tl.constexpr):
+    return tl.max(_magnitude(x), AXIS).to(tl.float32, bitcast=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Outlier columns
+
+
+@triton.jit
+def _list_columns(flags, columns, n_columns, WORDS: tl.constexpr):
+    """Writes the flagged columns in rising order; how many there are."""
+    words = flags.to(tl.pointer_type(tl.int32))  # of four flags, 0 or 1 each
+    count = 0
+    for start in range(0, tl.cdiv(n_columns, 4), WORDS):
+        k = start + tl.arange(0, WORDS)
+        word = tl.load(words + k, mask=k < tl.cdiv(n_columns, 4), other=0, cache_modifier=".cg")
+        ones = (word * 0x01010101) >> 24
+        rank = count + tl.cumsum(ones, 0) - ones
+        for byte in tl.static_range(4):
+            flag = (word >> (8 * byte)) & 1
+            tl.store(columns + rank, 4 * k + byte, mask=flag != 0)
+            rank += flag
+        count += tl.sum(ones, 0)
+    return count
+
+
+@triton.jit
+def _split_outliers(x, column, inside, limit, flags):
+    """Flags the columns of |x| >= limit: (x without these elements, 1 if there may be any)."""
+    largest = tl.max(tl.max(_magnitude(x), 1), 0).to(tl.float32, bitcast=True)
+    hit = 1 - (largest < limit).to(tl.int32)  # also for a NaN, which is no outlier
+    if hit != 0:
+        found = (tl.abs(x) >= limit) & inside
+        tl.store(flags + column + tl.zeros(found.shape, tl.int64), 1, mask=found)
+        x = tl.where(found, 0.0, x)
+    return x, hit
+
+
+@triton.jit
+def _arrive(hit, flags, columns, n_columns):
+    """The end of a program: the last one to come here lists the outlier columns."""
+    tail = flags + tl.cdiv(n_columns, 16) * 16
+    tl.debug_barrier()  # every thread's flags come before its program's arrival
+    before = tl.atomic_add(tail.to(tl.pointer_type(tl.int64)), 1 + (hit.to(tl.int64) << 32), sem="acq_rel")
+    if (before & 0xFFFFFFFF) == tl.num_programs(0) - 1:
+        count = 0
+        if (before >> 32) + hit > 0:
+            count = _list_columns(flags, columns, n_columns, WORDS=512)
+        tl.store((tail + 8).to(tl.pointer_type(tl.int32)), count)
+
+
+@triton.jit
+def outlier_count(flags, n_columns):
+    """The number of outlier columns, once the kernel that quantizes is done."""
+    return tl.load((flags + tl.cdiv(n_columns, 16) * 16 + 8).to(tl.pointer_type(tl.int32)))
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """What kernels tell each other about outlier columns.
+
+    state: zeros before the first kernel, uint8: a flag a column, then, from the next multiple of 16 bytes, the counter
+    of programs (8 bytes), the number of outlier columns (int32), 4 bytes of nothing and `extra` bytes for others.
+    columns: [n_columns] int32, the outlier columns in rising order; as many as there are.
+    """
+
+    state: Tensor
+    columns: Tensor
+
+    @staticmethod
+    def of(n_columns: int, device: torch.device, extra: int = 0) -> Outliers:
+        state = torch.zeros(tail(n_columns) + 16 + extra, dtype=torch.uint8, device=device)
+        return Outliers(state, torch.empty(n_columns, dtype=torch.int32, device=device))
+
+
+def tail(n_columns: int) -> int:
+    """Where the flags of so many columns end in `Outliers.state`, rounded up."""
+    return triton.cdiv(n_columns, 16) * 16
+
+
+@functools.cache
+def _limit(threshold: float, dtype: torch.dtype) -> float:
+    """The threshold rounded to x's dtype, as bitsandbytes compares."""
+    return torch.full((), threshold, dtype=dtype).item()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Kernels. A matrix of R rows and C columns; PARTIAL: only its first n elements exist.
+
+
+@triton.jit
+def _place(R, C, n, PARTIAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(row, column, which elements exist) of this program's tile, int64."""
+    tiles = tl.cdiv(C, BLOCK_C)
+    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    column = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    inside = (row < R) & (column < C)
+    if PARTIAL:
+        inside &= row * C + column < n
+    return row, column, inside
+
+
+@triton.jit
+def _quantize_kernel(
+    x,
+    values,
+    absmax,
+    flags,
+    columns,
+    norm_weight,
+    normed,
+    R,
+    C,
+    n,
+    x_row,
+    x_column,
+    limit,
+    eps,
+    AXIS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    NORM: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """A tile holds whole rows (AXIS 1) or columns (AXIS 0). NORM: RMSNorm first, for AXIS 1."""
+    row, column, inside = _place(R, C, n, PARTIAL, BLOCK_R, BLOCK_C)
+    at = row * C + column
+    tile = tl.load(x + row * x_row + column * x_column, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(tile * tile, 1) / C + eps))
+        weight = tl.load(norm_weight + column, mask=column < C, other=0.0).to(tl.float32)
+        low = (tile * inverse[:, None] * weight).to(normed.dtype.element_ty)
+        tl.store(normed + at, low, mask=inside)
+        tile = low.to(tl.float32)
+    if SPLIT:
+        tile, hit = _split_outliers(tile, column, inside, limit, flags)
+    largest = _largest(tile, AXIS)
+    if AXIS == 1:
+        tl.store(absmax + row, tl.expand_dims(largest, 1), mask=row < R)
+    else:
+        tl.store(absmax + column, tl.expand_dims(largest, 0), mask=column < C)
+    tl.store(values + at, quantized_int8(tile, tl.expand_dims(largest, AXIS)), mask=inside)
+    if SPLIT:
+        _arrive(hit, flags, columns, C)
+
+
+@triton.jit
+def _absmax_kernel(
+    x,
+    row_absmax,
+    column_absmax,
+    flags,
+    columns,
+    R,
+    C,
+    n,
+    x_row,
+    x_column,
+    limit,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Maxima, as the bits of float32, of rows, columns or both; they start as zeros."""
+    row, column, inside = _place(R, C, n, PARTIAL, BLOCK_R, BLOCK_C)
+    tile = tl.load(x + row * x_row + column * x_column, mask=inside, other=0.0).to(tl.float32)
+    if SPLIT:
+        tile, hit = _split_outliers(tile, column, inside, limit, flags)
+    if ROWS:
+        tl.atomic_max(row_absmax + row, tl.max(_magnitude(tile), 1)[:, None], mask=row < R, sem="relaxed")
+    if COLUMNS:
+        tl.atomic_max(column_absmax + column, tl.max(_magnitude(tile), 0)[None, :], mask=column < C, sem="relaxed")
+    if SPLIT:
+        _arrive(hit, flags, columns, C)
+
+
+@triton.jit
+def _scale_kernel(
+    x,
+    absmax,
+    values,
+    flags,
+    R,
+    C,
+    n,
+    x_row,
+    x_column,
+    AXIS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Values from known absmax; outliers and their columns become zeros."""
+    row, column, inside = _place(R, C, n, PARTIAL, BLOCK_R, BLOCK_C)
+    tile = tl.load(x + row * x_row + column * x_column, mask=inside, other=0.0).to(tl.float32)
+    if SPLIT:
+        ordinary = tl.load(flags + column, mask=column < C, other=0) == 0
+        tile = tl.where(ordinary, tile, 0.0)
+    scale = tl.load(absmax + row, mask=row < R) if AXIS == 1 else tl.load(absmax + column, mask=column < C)
+    tl.store(values + row * C + column, quantized_int8(tile, scale), mask=inside)
+
+
+@triton.jit
+def _clear_kernel(values, flags, columns, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Zeros in the outlier columns of values."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    count = outlier_count(flags, C)
+    for start in range(0, count, BLOCK_C):
+        i = start + tl.arange(0, BLOCK_C)[None, :]
+        column = tl.load(columns + i, mask=i < count, other=0)
+        tl.store(values + row * C + column, tl.zeros((BLOCK_R, BLOCK_C), tl.int8), mask=(row < R) & (i < count))
+
+
+@triton.jit
+def _dequantize_kernel(
+    values,
+    absmax,
+    out,
+    R,
+    C,
+    n,
+    AXIS: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    row, column, inside = _place(R, C, n, PARTIAL, BLOCK_R, BLOCK_C)
+    at = row * C + column
+    scale = tl.load(absmax + row, mask=row < R) if AXIS == 1 else tl.load(absmax + column, mask=column < C)
+    result = decoded_int8(tl.load(values + at, mask=inside, other=0), scale)
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Launchers
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """x as a matrix whose rows (axis 1) or columns (axis 0) share an absmax; shape: of absmax."""
+
+    x: Tensor
+    rows: int
+    columns: int
+    axis: int
+    shape: tuple[int, ...]
+
+    @staticmethod
+    def of(op: str, x: Tensor, dim: int | None, block_size: int | None) -> _Matrix:
+        if block_size is not None and (dim is not None or block_size <= 0):
+            raise ValueError(
+                f"quant_triton.{op}: dim is {dim}, block_size {block_size}; blocks take dim=None and a size >= 1"
+            )
+        if dim not in (None, 0, -1) or (dim == 0 and x.dim() != 2) or (dim == -1 and x.dim() == 0):
+            raise ValueError(
+                f"quant_triton.{op}: dim is {dim} and x has shape {tuple(x.shape)}; "
+                "allowed: -1 (row), 0 (column of a matrix), None (tensor or blocks)"
+            )
+        if dim == 0:
+            return _Matrix(x, *x.shape, axis=0, shape=tuple(x.shape[1:]))
+        if dim == -1:
+            rows = math.prod(x.shape[:-1])
+            return _Matrix(x.reshape(rows, x.shape[-1]), rows, x.shape[-1], axis=1, shape=tuple(x.shape[:-1]))
+        length = x.numel() if block_size is None else min(block_size, x.numel())
+        rows = triton.cdiv(x.numel(), length) if length else 0
+        flat = x.contiguous().view(-1)
+        return _Matrix(flat, rows, length, axis=1, shape=() if block_size is None else (rows,))
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        return self.x.stride() if self.x.dim() == 2 else (self.columns, 1)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """R, C, n of the kernels."""
+        return self.rows, self.columns, self.x.numel()
+
+    @property
+    def partial(self) -> bool:
+        return self.rows * self.columns != self.x.numel()
+
+    def grid(self, tile: dict) -> tuple[int]:
+        return (triton.cdiv(self.rows, tile["BLOCK_R"]) * triton.cdiv(self.columns, tile["BLOCK_C"]),)
+
+
+@default_config("int8_whole")
+def _(arch, *, axis, length):
+    """Tiles of whole rows or columns, 32 elements a thread."""
+    length = triton.next_power_of_2(length)
+    across = max((1024 if arch.interpreted else 4096) // length, 1) if axis == 1 else 32
+    elements = length * across
+    tile = (across, length) if axis == 1 else (length, across)
+    warps = max(elements // 1024, 1)
+    return {"BLOCK_R": tile[0], "BLOCK_C": tile[1], "num_warps": warps * 32 // arch.warp, "num_stages": 1}
+
+
+@candidates("int8_whole")
+def _(arch, *, axis, length):
+    base = default("int8_whole", arch, axis=axis, length=length)
+    for warps in (4, 8, 16, 32):
+        if 8 <= base["BLOCK_R"] * base["BLOCK_C"] // (warps * arch.warp) <= 64:
+            yield {**base, "num_warps": warps}
+
+
+@problem("int8_whole")
+def _(device, axis, length):
+    x = torch.randn((8192, length) if axis == 1 else (length, 8192), device=device, dtype=torch.bfloat16)
+    return lambda: quantize_int8(x, -axis, None, 0.0)
+
+
+def _tile_of(matrix: _Matrix) -> dict:
+    """4096 elements, as wide as the matrix."""
+    width = min(triton.next_power_of_2(matrix.columns), 4096)
+    return {"BLOCK_R": 4096 // width, "BLOCK_C": width, "num_warps": 8}
+
+
+def _quantize(
+    matrix: _Matrix, threshold: float, extra: int = 0, norm: tuple[Tensor, float] | None = None
+) -> tuple[Tensor, Tensor, Outliers | None, Tensor | None]:
+    """values, absmax, outliers, normalized x; see `quantize_rows`."""
+    x, axis, split = matrix.x, matrix.axis, threshold > 0
+    values = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    outliers = Outliers.of(matrix.columns if split else 0, x.device, extra) if split or extra else None
+    found = (outliers.state, outliers.columns) if split else (None, None)
+    numbers = (*matrix.sizes, *matrix.strides, _limit(threshold, x.dtype))
+    constants = {"fp_fusion": False, "SPLIT": split, "PARTIAL": matrix.partial}
+    length = matrix.columns if axis == 1 else matrix.rows
+    if length <= (LONGEST_ROW if axis == 1 else LONGEST_COLUMN):
+        absmax = torch.empty(matrix.shape, dtype=torch.float32, device=x.device)
+        weight, eps = norm or (None, 0.0)
+        normed = torch.empty(x.shape, dtype=x.dtype, device=x.device) if norm else None
+        constants |= {
+            "AXIS": axis,
+            "NORM": norm is not None,
+            **config("int8_whole", x.device, axis=axis, length=length),
+        }
+        arguments = (x, values, absmax, *found, weight, normed, *numbers, eps)
+        launch(_quantize_kernel, matrix.grid(constants), *arguments, **constants)
+        return values, absmax, outliers, normed
+    absmax = torch.zeros(matrix.shape, dtype=torch.float32, device=x.device)
+    constants |= _tile_of(matrix)
+    targets = (absmax.view(torch.int32), None) if axis == 1 else (None, absmax.view(torch.int32))
+    grid = matrix.grid(constants)
+    launch(_absmax_kernel, grid, x, *targets, *found, *numbers, ROWS=axis == 1, COLUMNS=axis == 0, **constants)
+    launch(_scale_kernel, grid, x, absmax, values, found[0], *numbers[:-1], AXIS=axis, **constants)
+    return values, absmax, outliers, None
+
+
+def quantize_rows(x: Tensor, threshold: float, extra: int = 0) -> tuple[Tensor, Tensor, Outliers | None]:
+    """Rows of a matrix for a product to come, which takes off what is in outlier columns: they are not cleared.
+
+    Args:
+        x: [M, K], not empty. threshold: 0 for no outliers. extra: bytes of zeros wanted at the end of `Outliers.state`.
+
+    Returns:
+        values [M, K] int8, absmax [M] float32, and Outliers, None if neither threshold nor extra bytes were asked for.
+    """
+    return _quantize(_Matrix.of("quantize_int8", x, -1, None), threshold, extra)[:3]
+
+
+def _clear(values: Tensor, outliers: Outliers) -> Tensor:
+    """Clears the outlier columns of values, [..., K]; flags of the columns, [K] bool."""
+    columns = values.shape[-1]
+    rows = values.numel() // columns
+    tile = {"BLOCK_R": 128, "BLOCK_C": 8, "num_warps": 4}
+    grid = (triton.cdiv(rows, tile["BLOCK_R"]),)
+    launch(_clear_kernel, grid, values, outliers.state, outliers.columns, rows, columns, fp_fusion=False, **tile)
+    return outliers.state[:columns].view(torch.bool)
+
+
+def quantize_int8(
+    x: Tensor, dim: int | None, block_size: int | None, threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Absmax int8: `values = round_half_even(x * (1 / absmax * 127))`.
+
+    Args:
+        x: any shape and strides, float32, float16 or bfloat16; [..., K] for dim=-1.
+        dim: -1 one absmax per row, 0 per column of a matrix, None for the whole tensor or for blocks.
+        block_size: with dim None, the length of a block of the flattened x; else None.
+        threshold: with dim=-1 and > 0, elements of |x| >= threshold (rounded to x's dtype) are outliers: no row's
+            absmax counts them, and the values of a column that holds one are 0 in every row.
+
+    Returns:
+        values: int8 of x's shape, contiguous. absmax: float32, one per row ([...]), column ([K]), block ([blocks]), or
+        one. outliers: bool, [K] with a threshold and [0] without. Values are 0 where absmax is NaN, infinite or below
+        3.8e-37.
+
+    Raises:
+        ValueError: dim, block_size and threshold that do not go together.
+    """
+    if threshold < 0 or (threshold > 0 and dim != -1):
+        raise ValueError(f"quant_triton.quantize_int8: threshold is {threshold}; it is >= 0, and 0 without dim=-1")
+    matrix = _Matrix.of("quantize_int8", x, dim, block_size)
+    n_outliers = x.shape[-1] if threshold > 0 else 0
+    if not x.numel():
+        values = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+        absmax = torch.zeros(matrix.shape, dtype=torch.float32, device=x.device)
+        return values, absmax, torch.zeros(n_outliers, dtype=torch.bool, device=x.device)
+    values, absmax, outliers, _ = _quantize(matrix, threshold)
+    values = values.view(x.shape)
+    if threshold > 0:
+        return values, absmax, _clear(values, outliers)
+    return values, absmax, torch.empty(0, dtype=torch.bool, device=x.device)
+
+
+def rms_norm_quantize_int8(
+    x: Tensor, weight: Tensor, eps: float, threshold: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`y = rms_norm(x)`, the mean square and the products in float32, rounded once; and `quantize_int8(y, -1, ...)`.
+
+    Args:
+        x: [..., K], K up to 32768, any strides. weight: [K]. threshold: as in `quantize_int8`.
+
+    Returns:
+        y in x's dtype, then values, absmax and outliers of y, from one read of x.
+
+    Raises:
+        ValueError: an empty x, a weight of another size, K above 32768.
+    """
+    if not x.numel() or weight.shape != x.shape[-1:] or weight.numel() > LONGEST_ROW:
+        raise ValueError(
+            f"quant_triton.rms_norm_quantize_int8: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; "
+            f"x is [..., K], not empty, weight [K], K at most {LONGEST_ROW}"
+        )
+    matrix = _Matrix.of("rms_norm_quantize_int8", x, -1, None)
+    values, absmax, outliers, normed = _quantize(matrix, threshold, norm=(weight.contiguous(), eps))
+    values = values.view(x.shape)
+    flags = _clear(values, outliers) if threshold > 0 else torch.empty(0, dtype=torch.bool, device=x.device)
+    return normed.view(x.shape), values, absmax, flags
+
+
+def absmax_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The absmax of rows and of columns from one read of a matrix, as training in int8 wants both (arXiv:2304.13013).
+
+    Args:
+        x: [M, K], any strides.
+
+    Returns:
+        [M] and [K] float32, what `quantize_int8` gives with dim=-1 and dim=0.
+    """
+    matrix = _Matrix.of("absmax_int8", x, 0, None)
+    rows, columns = (torch.zeros(size, dtype=torch.float32, device=x.device) for size in x.shape)
+    if x.numel():
+        tile = {"BLOCK_R": 128, "BLOCK_C": 64, "num_warps": 8}
+        bits = (rows.view(torch.int32), columns.view(torch.int32))
+        numbers = (*matrix.sizes, *matrix.strides, 0.0)
+        constants = {"ROWS": True, "COLUMNS": True, "SPLIT": False, "PARTIAL": False, **tile}
+        launch(_absmax_kernel, matrix.grid(tile), x, *bits, None, None, *numbers, fp_fusion=False, **constants)
+    return rows, columns
+
+
+def dequantize_int8(
+    values: Tensor, absmax: Tensor, dim: int | None, block_size: int | None, dtype: torch.dtype
+) -> Tensor:
+    """Decodes absmax int8: `dtype((values * absmax) * (1 / 127))` in float32.
+
+    Args:
+        values: int8, any shape and strides. absmax, dim, block_size: as `quantize_int8` gives and takes them.
+        dtype: float32, float16 or bfloat16.
+
+    Returns:
+        A contiguous tensor of values' shape and `dtype`; NaN where the absmax is NaN or infinite.
+
+    Raises:
+        ValueError: dim and block_size that do not go together.
+    """
+    matrix = _Matrix.of("dequantize_int8", values.contiguous(), dim, block_size)
+    out = torch.empty(values.shape, dtype=dtype, device=values.device)
+    if values.numel():
+        tile = _tile_of(matrix)
+        constants = {"AXIS": matrix.axis, "PARTIAL": matrix.partial, **tile}
+        arguments = (matrix.x, absmax.contiguous(), out, *matrix.sizes)
+        launch(_dequantize_kernel, matrix.grid(tile), *arguments, fp_fusion=False, **constants)
+    return out
