@@ -1,7 +1,8 @@
 """The int8 and dropout kernels as they are compiled, see `bench.compiled`."""
 
 from bench.compiled import Expect, Variant
-from quant_triton import absmax, dropout, launch
+from quant_triton import absmax, launch
+from quant_triton.dropout import TILE, _dropout_kernel  # the package has a function of the module's name
 
 
 def _whole(axis: int, length: int):
@@ -30,9 +31,9 @@ def _quantize(name: str, dtype: str, axis: int, length: int, split: bool = False
 def _dropout(dtype: str, size: int) -> Variant:
     return Variant(
         f"dropout {dtype}",
-        dropout._dropout_kernel,
+        _dropout_kernel,
         {"x": f"*{dtype}", "seed": "*i64", "out": f"*{dtype}", "n": "i64:16", "threshold": "i32", "scale": "fp32"},
-        dropout.TILE,
+        TILE,
         {"enable_fp_fusion": False},
         Expect(load=4 * size, store=4 * size, absent=("st.shared",)),  # words meet their elements without an exchange
     )
