@@ -1,28 +1,101 @@
 """The 4-bit kernels as they are compiled, see `bench.compiled`."""
 
+import torch
+
 from bench.compiled import Expect, Variant
 from quant_triton import nf4
+from quant_triton.codes import lookup_ptx
+from quant_triton.launch import ARCHITECTURES, Architecture, default
+from quant_triton.linear_4bit import _linear_4bit, chunk_size
 
-_DEQUANTIZE = {
-    "packed": "*u8",
-    "nested_absmax": "*fp32",
-    "nested_codebook": "*fp32",
-    "offset": "*fp32",
-    "codebook": "*fp32",
-    "n": "i64:16",
-    "n_bytes": "i64:16",
-}
+TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# No GPU before sm_80 multiplies bfloat16 on its tensor cores.
+WITH_BF16 = tuple(name for name in ARCHITECTURES if name != "sm_75")
+STREAMED_X = r"ld\.global\.b16"  # x element by element
 
-VARIANTS = [
-    Variant(
-        f"dequantize_4bit {'nested ' if nested else ''}{out}",
-        nf4._dequantize_4bit_kernel,
-        {**_DEQUANTIZE, "absmax": "*u8" if nested else "*fp32", "out": f"*{out}"},
-        {"BLOCK_SIZE": 64, "DOUBLE_QUANT": nested, "BYTES": nf4.BYTES_PER_PROGRAM},
+
+def weight(nested: bool) -> dict[str, str]:
+    """The signature of a 4-bit weight."""
+    return {
+        "packed": "*u8",
+        "absmax": "*u8" if nested else "*fp32",
+        "nested_absmax": "*fp32",
+        "nested_codebook": "*fp32",
+        "offset": "*fp32",
+    }
+
+
+def _quantize(dtype: str) -> Variant:
+    return Variant(
+        f"quantize_4bit {dtype}",
+        nf4._quantize_4bit,
+        {"x": f"*{dtype}", "edges": "*fp32", "order": "*i32", "packed": "*u8", "absmax": "*fp32", "n": "i64:16"},
+        {"BLOCK_SIZE": 64, "BLOCKS": nf4._QUANTIZED_AT_ONCE // 64},
+        {"enable_fp_fusion": False},
+        Expect(load=16, store=4),
+    )
+
+
+def _dequantize(dtype: str, nested: bool) -> Variant:
+    return Variant(
+        f"dequantize_4bit {'nested ' if nested else ''}{dtype}",
+        nf4._dequantize_4bit,
+        {**weight(nested), "codes": "*fp32", "out": f"*{dtype}", "n": "i64:16", "n_bytes": "i64:16"},
+        {"BLOCK_SIZE": 64, "DOUBLE_QUANT": nested, "TILE": nf4._TILE_BYTES, "TILES": nf4._TILES},
         {"enable_fp_fusion": False},
         # Each thread stores what it decoded, and each product is rounded before it is added to.
-        Expect(store=16, absent=("fma.rn.f32", *(() if out == "fp32" else ("st.shared",)))),
+        Expect(store=16, absent=("fma.rn.f32", *(() if dtype == "fp32" else ("st.shared",)))),
     )
-    for out in ("fp32", "fp16", "bf16")
-    for nested in (False, True)
+
+
+def _embedding(dtype: str, nested: bool) -> Variant:
+    return Variant(
+        f"embedding_4bit {'nested ' if nested else ''}{dtype}",
+        nf4._embedding_4bit,
+        {**weight(nested), "indices": "*i64", "codes": "*fp32", "out": f"*{dtype}", "rows": "i32", "dim": "i32:16"},
+        {"BLOCK_SIZE": 64, "DOUBLE_QUANT": nested, "BLOCK": nf4._EMBEDDED_AT_ONCE},
+        {"enable_fp_fusion": False},
+        Expect(store=4, absent=("fma.rn.f32",)),
+    )
+
+
+def _linear(m: int, dtype: str, nested: bool = False, block_size: int = 64, rank: int = 0, experts: int = 0) -> Variant:
+    """`linear_4bit` of m rows by a [4096, 4096] weight."""
+    chunk = chunk_size(block_size)
+
+    def constants(arch: Architecture) -> dict:
+        settings = default("linear_4bit", arch, m=m, n=4096, k=4096, chunk=chunk, dtype=TORCH[dtype])
+        lookup = lookup_ptx("nf4", TORCH[dtype]) if arch.kind == "cuda" and dtype != "fp32" else ""
+        shape = {"CHUNK": chunk, "CHUNKS_PER_BLOCK": block_size // chunk, "EVEN": True}
+        extras = {"BIAS": True, "RANK": rank, "EXPERTS": experts}
+        return {"DOUBLE_QUANT": nested, "LOOKUP": lookup} | shape | extras | settings
+
+    name = f"linear_4bit m={m} {dtype}" + " nested" * nested + f" block={block_size}" * (block_size != 64)
+    few = m <= 16
+    wgmma = {"sm_90": f"wgmma.m64n{m}k16.* A in registers"} if not few else {"sm_90": "mma.m16n8k16"}
+    return Variant(
+        name + f" rank={rank}" * bool(rank) + " experts" * bool(experts),
+        _linear_4bit,
+        weight(nested)
+        | dict.fromkeys(("x", "codes", "bias", "lora_s", "lora_b", "out"), f"*{dtype}")
+        | {"ends": "*i32", "m": "i32", "n": "i32:16", "k": "i32:16", "stride_x": "i32:16"}
+        | {"rank": "i32", "scaling": "fp32", "experts": "i32"},
+        constants,
+        {"enable_fp_fusion": True},
+        Expect(tensor=wgmma if dtype != "fp32" else {}, load=8 if dtype != "fp32" else 0),
+        WITH_BF16 if dtype == "bf16" else tuple(ARCHITECTURES),
+    )
+
+
+VARIANTS = [
+    *(_quantize(dtype) for dtype in TORCH),
+    *(_dequantize(dtype, nested) for dtype in TORCH for nested in (False, True)),
+    *(_embedding(dtype, True) for dtype in TORCH),
+    *(_linear(m, dtype) for m in (1, 16, 64, 128) for dtype in ("fp16", "bf16")),
+    _linear(1, "fp32"),
+    _linear(1, "bf16", nested=True),
+    _linear(128, "bf16", nested=True),
+    _linear(1, "bf16", block_size=32),
+    _linear(128, "bf16", block_size=128),
+    _linear(128, "bf16", rank=16),
 ]

@@ -5,6 +5,15 @@ Functions take and return plain tensors, with the arguments of the `torch.ops.qu
 
 from .absmax import dequantize_int8, quantize_int8
 from .dropout import dropout
-from .nf4 import dequantize_4bit
+from .linear_4bit import linear_4bit
+from .nf4 import dequantize_4bit, embedding_4bit, quantize_4bit
 
-__all__ = ["dequantize_4bit", "dequantize_int8", "dropout", "quantize_int8"]
+__all__ = [
+    "dequantize_4bit",
+    "dequantize_int8",
+    "dropout",
+    "embedding_4bit",
+    "linear_4bit",
+    "quantize_4bit",
+    "quantize_int8",
+]

@@ -1,78 +1,160 @@
-"""NF4 and FP4 (QLoRA, arXiv:2305.14314): decoding 4-bit weights, double quantization undone on the way."""
+"""NF4 and FP4 (QLoRA, arXiv:2305.14314): quantizing weights, decoding them, looking up rows of a decoded table.
+
+All are exact: the bits of the reference. Products and sums are rounded one by one (no fused multiply-add), and decoding
+rounds to the result's dtype once. Scales are computed once per block, double quantization undone on the way.
+
+Compiled and interpreted, not yet run on a GPU.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-NESTED_BLOCK_SIZE = tl.constexpr(256)
-BYTES_PER_PROGRAM = 512  # each of 128 threads loads 4 and stores the 16 of a 16-bit dtype, with no exchange between
+from .codes import block_scales, check_format, check_weight, codebook, sorted_codes, thresholds
+from .launch import launch
 
-# This package stands alone, so it has its own copy of the two tables; a test holds them against quantlib's.
-CODEBOOKS = {
-    "nf4": (
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ),
-    "fp4": tuple(v / 12 for v in (0.0, 0.0625, 8, 12, 4, 6, 2, 3, 0.0, -0.0625, -8, -12, -4, -6, -2, -3)),
-}
-
-
-@cache
-def _codebook(quant_type: str, device: torch.device) -> Tensor:
-    return torch.tensor(CODEBOOKS[quant_type], dtype=torch.float32, device=device)
+# Each of 128 threads loads 4 bytes and stores the 16 that they are in a 16-bit dtype, with no exchange between.
+_TILE_BYTES = 512
+_TILES = 2
+_QUANTIZED_AT_ONCE = 4096
+_EMBEDDED_AT_ONCE = 512
 
 
 @triton.jit
-def _dequantize_4bit_kernel(
+def _quantize_4bit(x, edges, order, packed, absmax, n, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    element = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+    inside = element < n
+    value = tl.load(x + element, mask=inside, other=0.0).to(tl.float32)
+    # A maximum ignores NaN.
+    nan = tl.max((value != value).to(tl.int32), 1) > 0
+    largest = tl.where(nan, float("nan"), tl.max(tl.abs(value), 1))
+    divisor = tl.where(largest < 1e-38, 1e-38, largest)
+    scaled = value * tl.div_rn(1.0, divisor)[:, None]
+    if (tl.program_id(0) + 1).to(tl.int64) * BLOCKS * BLOCK_SIZE > n:
+        whole = (block + 1) * BLOCK_SIZE <= n
+        scaled = tl.where(whole[:, None], scaled, tl.div_rn(value, tl.broadcast_to(divisor[:, None], value.shape)))
+        scaled = tl.where(inside, scaled, 0.0)
+        largest = tl.where(whole, largest, divisor)
+    # How many of the 15 thresholds are below: all of them for NaN.
+    index = tl.zeros_like(scaled).to(tl.int32)
+    for bit in tl.static_range(3, -1, -1):
+        half = 1 << bit
+        edge = tl.load(edges + index + (half - 1))
+        index += tl.where(scaled <= edge, 0, half)
+    code = tl.load(order + index)
+    first, second = tl.split(tl.reshape(code, (BLOCKS, BLOCK_SIZE // 2, 2)))
+    byte = block[:, None] * (BLOCK_SIZE // 2) + tl.arange(0, BLOCK_SIZE // 2)[None, :]
+    tl.store(packed + byte, (first << 4 | second).to(tl.uint8), mask=byte * 2 < n)
+    tl.store(absmax + block, largest, mask=block * BLOCK_SIZE < n)
+
+
+def quantize_4bit(x: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:
+    """Blockwise absmax quantization to NF4 or FP4, the bits of `quantlib.reference.quantize_4bit`.
+
+    Args:
+        x: n elements in any shape and strides (copied if not contiguous), float32, float16 or bfloat16.
+        quant_type: "nf4" or "fp4". block_size: a power of two, 32 ... 4096.
+
+    Returns:
+        packed [ceil(n / 2), 1] uint8, high nibble first, and absmax [ceil(n / block_size)] float32. An odd n ends in
+        the code of zero. An all-zero block has absmax 0, or 1e-38 if it is a last, partial block. A block with a NaN
+        has absmax NaN and the code of 1 throughout; one with an infinity has absmax inf, the code of 1 at infinities
+        and of 0 elsewhere.
+
+    Raises:
+        ValueError: unknown quant_type.
+    """
+    check_format("quantize_4bit", quant_type)
+    n = x.numel()
+    x = x.contiguous()
+    packed = torch.empty(((n + 1) // 2, 1), dtype=torch.uint8, device=x.device)
+    absmax = torch.empty((triton.cdiv(n, block_size),), dtype=torch.float32, device=x.device)
+    blocks = max(_QUANTIZED_AT_ONCE // block_size, 1)
+    launch(
+        _quantize_4bit,
+        (triton.cdiv(n, blocks * block_size),),
+        x,
+        thresholds(quant_type, x.device),
+        sorted_codes(quant_type, x.device),
+        packed,
+        absmax,
+        n,
+        fp_fusion=False,
+        BLOCK_SIZE=block_size,
+        BLOCKS=blocks,
+    )
+    return packed, absmax
+
+
+@triton.jit
+def _load_tile(
     packed,
     absmax,
     nested_absmax,
     nested_codebook,
     offset,
-    codebook,
+    start,
+    n_bytes,
+    BLOCK_SIZE: tl.constexpr,
+    DOUBLE_QUANT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    """ROWS * BYTES bytes from `start` on and the scale of each row, which lies in one block."""
+    first = start + tl.arange(0, ROWS) * BYTES
+    index = first[:, None] + tl.arange(0, BYTES)[None, :]
+    byte = tl.load(packed + index, mask=index < n_bytes, other=0)
+    block = first // (BLOCK_SIZE // 2)
+    scale = block_scales(absmax, nested_absmax, nested_codebook, offset, block, first < n_bytes, DOUBLE_QUANT)
+    return byte, scale
+
+
+@triton.jit
+def _store_tile(codes, out, byte, scale, start, n, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    high = tl.load(codes + (byte >> 4)) * scale[:, None]
+    low = tl.load(codes + (byte & 15)) * scale[:, None]
+    element = start * 2 + tl.arange(0, ROWS)[:, None] * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :]
+    value = tl.reshape(tl.join(high, low), (ROWS, 2 * BYTES)).to(out.dtype.element_ty)
+    tl.store(out + element, value, mask=element < n)
+
+
+@triton.jit
+def _dequantize_4bit(
+    packed,
+    absmax,
+    nested_absmax,
+    nested_codebook,
+    offset,
+    codes,
     out,
     n,
     n_bytes,
     BLOCK_SIZE: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
-    BYTES: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    start = tl.program_id(0).to(tl.int64) * BYTES
-    index = start + tl.arange(0, BYTES)
-    inside = index < n_bytes
-    byte = tl.load(packed + index, mask=inside, other=0)
-    block = index // (BLOCK_SIZE // 2)
-    if DOUBLE_QUANT:
-        code = tl.load(absmax + block, mask=inside, other=0)
-        outer = tl.load(nested_absmax + block // NESTED_BLOCK_SIZE, mask=inside, other=0.0)
-        scale = tl.load(nested_codebook + code) * outer + tl.load(offset)
-    else:
-        scale = tl.load(absmax + block, mask=inside, other=0.0)
-    high = tl.load(codebook + (byte >> 4)) * scale
-    low = tl.load(codebook + (byte & 15)) * scale
-    element = start * 2 + tl.arange(0, 2 * BYTES)
-    tl.store(out + element, tl.interleave(high, low).to(out.dtype.element_ty), mask=element < n)
+    BYTES: tl.constexpr = min(BLOCK_SIZE // 2, TILE)
+    ROWS: tl.constexpr = TILE // BYTES
+    tl.static_assert(TILES == 2)
+    start = tl.program_id(0).to(tl.int64) * (TILE * TILES)
+    # Both are loaded before the first is stored: the compiler cannot move a load across a store.
+    byte0, scale0 = _load_tile(
+        packed, absmax, nested_absmax, nested_codebook, offset, start, n_bytes, BLOCK_SIZE, DOUBLE_QUANT, ROWS, BYTES
+    )
+    second = start + TILE
+    byte1, scale1 = _load_tile(
+        packed, absmax, nested_absmax, nested_codebook, offset, second, n_bytes, BLOCK_SIZE, DOUBLE_QUANT, ROWS, BYTES
+    )
+    _store_tile(codes, out, byte0, scale0, start, n, ROWS, BYTES)
+    _store_tile(codes, out, byte1, scale1, second, n, ROWS, BYTES)
 
 
 def dequantize_4bit(
@@ -102,30 +184,101 @@ def dequantize_4bit(
         ValueError: unknown quant_type, or nested arguments of which only some are given.
     """
     nested = (nested_absmax, nested_codebook, offset)
-    double_quant = nested_absmax is not None
-    if any((part is not None) != double_quant for part in nested):
-        raise ValueError(
-            "quant_triton.dequantize_4bit: nested_absmax, nested_codebook and offset belong together: "
-            "give all three (double quantization) or none"
-        )
-    if quant_type not in CODEBOOKS:
-        raise ValueError(f"quant_triton.dequantize_4bit: quant_type {quant_type!r}; allowed: nf4, fp4")
+    double_quant = check_weight("dequantize_4bit", *nested, quant_type)
     out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
     n = math.prod(shape)
-    if n:
-        # Without double quantization its pointers are never followed; absmax stands in for them.
-        pointers = nested if double_quant else (absmax,) * 3
-        _dequantize_4bit_kernel[(triton.cdiv(n, 2 * BYTES_PER_PROGRAM),)](
-            packed,
-            absmax,
-            *pointers,
-            _codebook(quant_type, packed.device),
-            out,
-            n,
-            (n + 1) // 2,
-            BLOCK_SIZE=block_size,
-            DOUBLE_QUANT=double_quant,
-            BYTES=BYTES_PER_PROGRAM,
-            enable_fp_fusion=False,  # the format rounds codebook * nested_absmax before it adds the offset
-        )
+    launch(
+        _dequantize_4bit,
+        (triton.cdiv(n, 2 * _TILE_BYTES * _TILES),),
+        packed,
+        absmax,
+        *(nested if double_quant else (absmax,) * 3),  # never followed
+        codebook(quant_type, packed.device),
+        out,
+        n,
+        (n + 1) // 2,
+        fp_fusion=False,  # the format rounds nested_codebook * nested_absmax before it adds the offset
+        BLOCK_SIZE=block_size,
+        DOUBLE_QUANT=double_quant,
+        TILE=_TILE_BYTES,
+        TILES=_TILES,
+    )
+    return out
+
+
+@triton.jit
+def _embedding_4bit(
+    indices,
+    packed,
+    absmax,
+    nested_absmax,
+    nested_codebook,
+    offset,
+    codes,
+    out,
+    rows,
+    dim,
+    BLOCK_SIZE: tl.constexpr,
+    DOUBLE_QUANT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64)
+    row = tl.load(indices + place).to(tl.int64)
+    exists = (row >= 0) & (row < rows)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (column < dim) & exists
+    element = row * dim + column
+    byte = tl.load(packed + element // 2, mask=inside, other=0).to(tl.int32)
+    code = tl.where(element % 2 == 0, byte >> 4, byte & 15)
+    block = element // BLOCK_SIZE
+    scale = block_scales(absmax, nested_absmax, nested_codebook, offset, block, inside, DOUBLE_QUANT)
+    value = tl.where(exists, tl.load(codes + code) * scale, float("nan"))
+    tl.store(out + place * dim + column, value.to(out.dtype.element_ty), mask=column < dim)
+
+
+def embedding_4bit(
+    indices: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_codebook: Tensor | None,
+    offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    num_embeddings: int,
+    embedding_dim: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows of a 4-bit table [num_embeddings, embedding_dim]; only the rows asked for are decoded.
+
+    Args:
+        indices: int64 or int32, any shape and strides. packed ... block_size: the table, see `dequantize_4bit`.
+        dtype: float32, float16 or bfloat16.
+
+    Returns:
+        [*indices.shape, embedding_dim] in `dtype`, the bits of `dequantize_4bit`; NaN for an index that is not in
+        0 ... num_embeddings - 1, since the host does not wait to complain.
+
+    Raises:
+        ValueError: unknown quant_type, or nested arguments of which only some are given.
+    """
+    nested = (nested_absmax, nested_codebook, offset)
+    double_quant = check_weight("embedding_4bit", *nested, quant_type)
+    out = torch.empty((*indices.shape, embedding_dim), dtype=dtype, device=packed.device)
+    launch(
+        _embedding_4bit,
+        (indices.numel(), triton.cdiv(embedding_dim, _EMBEDDED_AT_ONCE)),
+        indices.contiguous(),
+        packed,
+        absmax,
+        *(nested if double_quant else (absmax,) * 3),  # never followed
+        codebook(quant_type, packed.device),
+        out,
+        num_embeddings,
+        embedding_dim,
+        fp_fusion=False,
+        BLOCK_SIZE=block_size,
+        DOUBLE_QUANT=double_quant,
+        BLOCK=_EMBEDDED_AT_ONCE,
+    )
     return out

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import quant_triton
-from quant_triton import nf4
+from quant_triton import codes
 from quantlib import formats, functional, reference
 
 SHAPES = [(1,), (7,), (5, 13), (64, 64), (33, 130), (3, 4099), (16, 4096)]
@@ -33,7 +33,7 @@ def test_dequantize_4bit_of_nothing():
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_codebooks_are_those_of_the_format(quant_type):
-    ours = torch.tensor(nf4.CODEBOOKS[quant_type], dtype=torch.float32)
+    ours = torch.tensor(codes.CODEBOOKS[quant_type], dtype=torch.float32)
     assert torch.equal(ours.view(torch.int32), formats.codebook(quant_type).view(torch.int32))
 
 
