@@ -81,7 +81,7 @@ ARCHITECTURES = {
     "sm_120": Architecture("cuda", 120, 170, 99 * _KIB),
     "gfx942": Architecture("hip", 942, 304, 64 * _KIB),
 }
-_INTERPRETER = Architecture("interpreter", 0, 1, 1 << 30)
+_INTERPRETER = Architecture("interpreter", 0, 4, 1 << 30)
 
 
 @functools.cache

@@ -1,0 +1,382 @@
+"""Products with factors of low rank, in as few passes over the large operand as there are; `lora.py` is built of them.
+
+`project` reads x once for drop(x) a^T, dropping as it reads. `gradients_dy` reads dy once for dy b and dy^T s.
+`gradient_a` reads x once for ds^T drop(x), the mask drawn again. `add_product_` adds a product to y or dx in place.
+
+Ranks are rounded up to a power of two, 16 at least, and large ones are taken in parts, a program each. Factors may
+have another dtype than x: they are cast as they are read. Sums that several programs share go through a float32
+workspace that is added up in a fixed order, so that results are the same bits on every run.
+
+Compiled and interpreted, not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dropout import dropout_constants, kept, random_words
+from .launch import Architecture, architecture, bucket, config, default_config, dot, launch
+
+# ---------------------------------------------------------------------------------------------------
+# Kernels
+
+
+@triton.jit
+def _survive(seed, row, start, k, threshold, QUADS: tl.constexpr, K: tl.constexpr):
+    """Dropout's mask of a tile [M, K] of a matrix with k columns. row: [M] int64. start: column. QUADS: 4 divides k."""
+    if QUADS:  # four neighbours share a counter
+        group = row[:, None] * (k // 4) + (start // 4 + tl.arange(0, K // 4))[None, :]
+        a, b, c, d = random_words(tl.load(seed), group)
+        words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+    else:
+        element = row[:, None] * k + (start + tl.arange(0, K))[None, :]
+        a, b, c, d = random_words(tl.load(seed), element >> 2)
+        lane = element & 3
+        words = tl.where(lane < 2, tl.where(lane == 0, a, b), tl.where(lane == 2, c, d))
+    return kept(words, threshold)
+
+
+@triton.jit
+def _load_kept(x, row, start, m, k, stride, seed, threshold, DROP: tl.constexpr, QUADS: tl.constexpr, K: tl.constexpr):
+    """A tile of x [m, k] from column `start`, 0 where it is dropped, NaN or not."""
+    column = start + tl.arange(0, K)
+    inside = (row < m)[:, None] & (column < k)[None, :]
+    tile = tl.load(x + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
+    if DROP:
+        tile = tl.where(_survive(seed, row, start, k, threshold, QUADS, K), tile, 0.0)
+    return tile
+
+
+@triton.jit
+def load_rows(source, row, column, rows, columns):
+    """A tile of a contiguous matrix [rows, columns]. row: int64."""
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    return tl.load(source + row[:, None] * columns + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit(do_not_specialize=["m", "threshold", "blocks_per_split"])
+def _project_kernel(
+    x,
+    a,
+    out,
+    seed,
+    m,
+    k,
+    rank,
+    stride,
+    threshold,
+    scale,
+    blocks_per_split,
+    DROP: tl.constexpr,
+    QUADS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    factor = tl.program_id(2).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    first = tl.program_id(1) * blocks_per_split
+    for block in range(first, tl.minimum(first + blocks_per_split, tl.cdiv(k, BLOCK_K))):
+        start = block * BLOCK_K  # so that its alignment is known
+        tile = _load_kept(x, row, start, m, k, stride, seed, threshold, DROP, QUADS, BLOCK_K)
+        right = load_rows(a, factor, start + tl.arange(0, BLOCK_K), rank, k).to(tile.dtype)
+        acc = dot(tile, tl.trans(right), acc)
+    place = out + (tl.program_id(1).to(tl.int64) * m + row)[:, None] * rank + factor[None, :]
+    tl.store(place, (acc * scale).to(out.dtype.element_ty), mask=(row < m)[:, None] & (factor < rank)[None, :])
+
+
+@triton.jit(do_not_specialize=["m", "blocks_per_split"])
+def _dy_kernel(
+    dy,
+    s,
+    b,
+    ds_parts,
+    db_parts,
+    m,
+    n,
+    rank,
+    stride,
+    scaling,
+    blocks_per_split,
+    NEED_DS: tl.constexpr,
+    NEED_DB: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    chunk, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    column = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
+    factor = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    right = load_rows(b, column, factor, n, rank).to(dy.dtype.element_ty)
+    db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    first = tl.program_id(1) * blocks_per_split
+    for block in range(first, tl.minimum(first + blocks_per_split, tl.cdiv(m, BLOCK_M))):
+        row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+        inside = (row < m)[:, None] & (column < n)[None, :]
+        tile = tl.load(dy + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
+        if NEED_DS:
+            ds = dot(tile, right, tl.zeros((BLOCK_M, BLOCK_R), tl.float32)) * scaling
+            place = ds_parts + (chunk * m + row)[:, None] * rank + factor[None, :]
+            tl.store(place, ds, mask=(row < m)[:, None] & (factor < rank)[None, :])
+        if NEED_DB:
+            db = dot(tl.trans(tile), load_rows(s, row, factor, m, rank), db)
+    if NEED_DB:
+        place = db_parts + (split * n + column)[:, None] * rank + factor[None, :]
+        tl.store(place, db * scaling, mask=(column < n)[:, None] & (factor < rank)[None, :])
+
+
+@triton.jit(do_not_specialize=["m", "blocks_per_split", "threshold"])
+def _da_kernel(
+    x,
+    ds,
+    parts,
+    seed,
+    m,
+    k,
+    rank,
+    stride,
+    threshold,
+    scale,
+    blocks_per_split,
+    DROP: tl.constexpr,
+    QUADS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    start_k = tl.program_id(0) * BLOCK_K
+    factor = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    first = tl.program_id(1) * blocks_per_split
+    for block in range(first, tl.minimum(first + blocks_per_split, tl.cdiv(m, BLOCK_M))):
+        row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+        tile = _load_kept(x, row, start_k, m, k, stride, seed, threshold, DROP, QUADS, BLOCK_K)
+        acc = dot(tl.trans(load_rows(ds, row, factor, m, rank)), tile, acc)
+    column = start_k + tl.arange(0, BLOCK_K)
+    place = parts + (tl.program_id(1).to(tl.int64) * rank + factor)[:, None] * k + column[None, :]
+    tl.store(place, acc * scale, mask=(factor < rank)[:, None] & (column < k)[None, :])
+
+
+@triton.jit(do_not_specialize=["count"])
+def _sum_kernel(parts, out, count, n, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(count):
+        total += tl.load(parts + index, mask=index < n, other=0.0)
+        parts += n
+    tl.store(out + index, total.to(out.dtype.element_ty), mask=index < n)
+
+
+@triton.jit(do_not_specialize=["m", "threshold"])
+def _add_kernel(
+    out,
+    left,
+    right,
+    seed,
+    m,
+    n,
+    rank,
+    stride_column,
+    stride_factor,
+    threshold,
+    scale,
+    DROP: tl.constexpr,
+    QUADS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start = tl.program_id(1) * BLOCK_N
+    column = start + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, rank, BLOCK_R):
+        factor = first + tl.arange(0, BLOCK_R)
+        wanted = (factor < rank)[:, None] & (column < n)[None, :]
+        place = right + factor[:, None].to(tl.int64) * stride_factor + column[None, :].to(tl.int64) * stride_column
+        tile = tl.load(place, mask=wanted, other=0.0).to(left.dtype.element_ty)
+        acc = dot(load_rows(left, row, factor, m, rank), tile, acc)
+    if DROP:
+        acc = tl.where(_survive(seed, row, start, n, threshold, QUADS, BLOCK_N), acc, 0.0)
+    place = out + row[:, None] * n + column[None, :]
+    inside = (row < m)[:, None] & (column < n)[None, :]
+    total = tl.load(place, mask=inside, other=0.0).to(tl.float32) + acc * scale
+    tl.store(place, total.to(out.dtype.element_ty), mask=inside)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Configurations
+
+
+def rank_key(rank: int) -> int:
+    """The rank that a configuration is for."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def multiplies_slowly(arch: Architecture, dtype: torch.dtype) -> bool:
+    """Whether products are left to the ordinary cores, which hold their operands in registers: tiles must be small."""
+    return dtype == torch.float32 or (arch.kind == "cuda" and arch.capability < 80)
+
+
+def _stages(arch: Architecture, bytes_per_stage: int) -> int:
+    """A pipeline that leaves room for a second program on the same multiprocessor."""
+    return max(2, min(4, 1 + arch.shared_memory // (2 * bytes_per_stage)))
+
+
+@default_config("lora_project")
+def _(arch: Architecture, *, m: int, k: int, r: int, dtype: torch.dtype, drop: bool) -> dict:
+    if arch.interpreted:
+        return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": min(r, 32)}
+    if multiplies_slowly(arch, dtype):
+        return {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_R": min(r, 32), "num_warps": 4, "num_stages": 3}
+    rows, r = min(max(m, 16), 32 if drop or r > 32 else 64), min(r, 64 if arch.kind == "hip" else 128)
+    columns = 128 if r <= 32 else 64
+    stages = _stages(arch, dtype.itemsize * columns * (rows + 2 * r))
+    warps = 4 if r <= 64 else 8
+    return {"BLOCK_M": rows, "BLOCK_K": columns, "BLOCK_R": r, "num_warps": warps, "num_stages": stages}
+
+
+@default_config("lora_dy")
+def _(arch: Architecture, *, m: int, n: int, r: int, dtype: torch.dtype) -> dict:
+    if arch.interpreted:
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": min(r, 32)}
+    if multiplies_slowly(arch, dtype):
+        return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": min(r, 32), "num_warps": 4, "num_stages": 3}
+    # ds is written once for each block of columns: wide ones keep that small beside dy itself.
+    rows, r = 64 if r <= 16 else 32, min(r, 64 if arch.kind == "hip" else 128)
+    columns = {16: 256, 32: 256, 64: 128, 128: 64}[r]
+    warps = 4 if arch.kind == "hip" else 8
+    stages = _stages(arch, dtype.itemsize * rows * (columns + r))
+    return {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_R": r, "num_warps": warps, "num_stages": stages}
+
+
+@default_config("lora_da")
+def _(arch: Architecture, *, m: int, k: int, r: int, dtype: torch.dtype, drop: bool) -> dict:
+    if arch.interpreted:
+        return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": min(r, 32)}
+    if multiplies_slowly(arch, dtype):
+        return {"BLOCK_M": 16, "BLOCK_K": 64, "BLOCK_R": min(r, 32), "num_warps": 4, "num_stages": 3}
+    rows, r = 32 if drop or r > 64 else 64, min(r, 64 if arch.kind == "hip" else 128)
+    columns = 128 if r <= 64 else 64
+    stages = _stages(arch, dtype.itemsize * rows * (columns + r))
+    return {"BLOCK_M": rows, "BLOCK_K": columns, "BLOCK_R": r, "num_warps": 4, "num_stages": stages}
+
+
+@default_config("lora_add")
+def _(arch: Architecture, *, m: int, n: int, r: int, dtype: torch.dtype, drop: bool) -> dict:
+    if arch.interpreted:
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": min(r, 32)}
+    if multiplies_slowly(arch, dtype):
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
+    rows = min(max(m, 16), 32 if drop else 64)
+    return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_R": min(r, 64), "num_warps": 4, "num_stages": 2}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Launchers
+
+
+def _dropout(seed: Tensor | None, p: float, columns: int, stand_in: Tensor) -> tuple[Tensor, int, float, dict]:
+    """seed, threshold, scale and constexprs of a kernel that may drop."""
+    drop = seed is not None
+    threshold, scale = dropout_constants(p) if drop else (0, 1.0)
+    return seed if drop else stand_in, threshold, scale, {"DROP": drop, "QUADS": columns % 4 == 0}
+
+
+def _rows(t: Tensor) -> Tensor:
+    """A matrix whose rows lie in one piece."""
+    return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
+
+
+def _splits(blocks: int, programs: int, device: torch.device) -> tuple[int, int]:
+    """How many programs share a sum over so many blocks, so that the GPU is filled twice, and the blocks of each."""
+    wanted = triton.cdiv(2 * architecture(device).multiprocessors, max(programs, 1))
+    per_split = max(triton.cdiv(blocks, wanted), 1)
+    return max(triton.cdiv(blocks, per_split), 1), per_split
+
+
+def _sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the first dimension, in order."""
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    n, block = out.numel(), 1024
+    launch(_sum_kernel, (triton.cdiv(n, block),), parts, out, parts.shape[0], n, fp_fusion=True, BLOCK=block)
+    return out
+
+
+def project(x: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """`dropout(x) a^T`.
+
+    Args:
+        x: [m, k]. a: [rank, k], contiguous, any float dtype. seed: [1] int64 and p: as in `dropout`; None for none.
+
+    Returns:
+        [m, rank] in x's dtype, rounded once.
+    """
+    (m, k), rank, r, x = x.shape, a.shape[0], rank_key(a.shape[0]), _rows(x)
+    seed, threshold, scale, drop = _dropout(seed, p, k, x)
+    tile = config("lora_project", x.device, m=bucket(m), k=k, r=r, dtype=x.dtype, drop=drop["DROP"])
+    blocks, parts_of_rank = triton.cdiv(m, tile["BLOCK_M"]), triton.cdiv(rank, tile["BLOCK_R"])
+    splits, per_split = _splits(triton.cdiv(k, tile["BLOCK_K"]), blocks * parts_of_rank, x.device)
+    out = torch.empty((splits, m, rank), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
+    arguments = (x, a, out, seed, m, k, rank, x.stride(0), threshold, scale, per_split)
+    launch(_project_kernel, (blocks, splits, parts_of_rank), *arguments, fp_fusion=True, **drop, **tile)
+    return out[0] if splits == 1 else _sum(out, x.dtype)
+
+
+def gradients_dy(
+    dy: Tensor, s: Tensor, b: Tensor, scaling: float, need_ds: bool, need_db: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """`scaling * dy b`, in dy's dtype, and `scaling * dy^T s`, in b's; None for what is not needed.
+
+    Args:
+        dy: [m, n]. s: [m, rank], contiguous, in dy's dtype. b: [n, rank], contiguous, any float dtype.
+    """
+    (m, n), rank, r, dy = dy.shape, b.shape[1], rank_key(b.shape[1]), _rows(dy)
+    tile = config("lora_dy", dy.device, m=bucket(m), n=n, r=r, dtype=dy.dtype)
+    chunks, parts_of_rank = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(rank, tile["BLOCK_R"])
+    splits, per_split = _splits(triton.cdiv(m, tile["BLOCK_M"]), chunks * parts_of_rank, dy.device)
+    ds, db = (
+        torch.empty(shape if needed else (0,), dtype=torch.float32, device=dy.device)
+        for needed, shape in ((need_ds, (chunks, m, rank)), (need_db, (splits, n, rank)))
+    )
+    arguments = (dy, s, b, ds, db, m, n, rank, dy.stride(0), scaling, per_split)
+    needs = {"NEED_DS": need_ds, "NEED_DB": need_db}
+    launch(_dy_kernel, (chunks, splits, parts_of_rank), *arguments, fp_fusion=True, **needs, **tile)
+    return _sum(ds, dy.dtype) if need_ds else None, _sum(db, b.dtype) if need_db else None
+
+
+def gradient_a(x: Tensor, ds: Tensor, seed: Tensor | None, p: float, dtype: torch.dtype) -> Tensor:
+    """`ds^T dropout(x)`.
+
+    Args:
+        x: [m, k]. ds: [m, rank], contiguous, in x's dtype. seed, p: as in `project`. dtype: of the result, [rank, k].
+    """
+    (m, k), rank, r, x = x.shape, ds.shape[1], rank_key(ds.shape[1]), _rows(x)
+    seed, threshold, scale, drop = _dropout(seed, p, k, x)
+    tile = config("lora_da", x.device, m=bucket(m), k=k, r=r, dtype=x.dtype, drop=drop["DROP"])
+    chunks, parts_of_rank = triton.cdiv(k, tile["BLOCK_K"]), triton.cdiv(rank, tile["BLOCK_R"])
+    splits, per_split = _splits(triton.cdiv(m, tile["BLOCK_M"]), chunks * parts_of_rank, x.device)
+    parts = torch.empty((splits, rank, k), dtype=torch.float32, device=x.device)
+    arguments = (x, ds, parts, seed, m, k, rank, x.stride(0), threshold, scale, per_split)
+    launch(_da_kernel, (chunks, splits, parts_of_rank), *arguments, fp_fusion=True, **drop, **tile)
+    return _sum(parts, dtype)
+
+
+def add_product_(out: Tensor, left: Tensor, right: Tensor, scaling: float, seed: Tensor | None, p: float) -> Tensor:
+    """`out += dropout(scaling * left right)` in place, rounded once more; returns out.
+
+    Args:
+        out: [m, n], contiguous. left: [m, rank], contiguous, in out's dtype. right: [rank, n], any strides and float
+            dtype. seed, p: as in `project`.
+    """
+    (m, n), rank, r = out.shape, left.shape[1], rank_key(left.shape[1])
+    seed, threshold, scale, drop = _dropout(seed, p, n, out)
+    tile = config("lora_add", out.device, m=bucket(m), n=n, r=r, dtype=out.dtype, drop=drop["DROP"])
+    grid = (triton.cdiv(m, tile["BLOCK_M"]), triton.cdiv(n, tile["BLOCK_N"]))
+    arguments = (out, left, right, seed, m, n, rank, right.stride(1), right.stride(0), threshold, scale * scaling)
+    launch(_add_kernel, grid, *arguments, fp_fusion=True, **drop, **tile)
+    return out
