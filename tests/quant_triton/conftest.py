@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-NEED_THE_COMPILER = ("test_compiled.py", "test_tune.py")
+NEED_THE_COMPILER = ("test_compiled.py",)
 
 if importlib.util.find_spec("triton") is None:  # it has wheels for Linux only
     collect_ignore_glob = ["test_*.py"]
