@@ -1,17 +1,19 @@
-// Exact int8 dot products of up to kTileM rows of x with up to kTileN rows of w. Included after dot_tile.h.
+// Exact int8 dot products of up to kTileM rows of x with up to kTileN <= W rows of w. Included after simd.h.
 
 #if QUANTLIB_LEVEL == 2
+constexpr int kTileM = 4, kTileN = 6;
 // vpdpbusd multiplies unsigned by signed bytes: x + 128 is unsigned, and 128 * (sum of the row of w) too much,
 // which the caller subtracts. Intermediate wrap-around is harmless modulo 2^32.
-constexpr bool kInt8NeedsRowSums = true;
+constexpr int32_t kInt8Offset = 128;
 constexpr int64_t kInt8Step = 64;
 typedef __m512i I8Block;
 SIMD_INLINE I8Block x_block(const int8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
 SIMD_INLINE I8Block w_block(const int8_t* p) { return _mm512_loadu_si512(p); }
 SIMD_INLINE I32 dot_int8(I8Block x, I8Block w, I32 acc) { return (I32)_mm512_dpbusd_epi32((__m512i)acc, x, w); }
 #elif QUANTLIB_LEVEL == 1
+constexpr int kTileM = 3, kTileN = 4;
 // vpmaddubsw would saturate: widen to 16 bits.
-constexpr bool kInt8NeedsRowSums = false;
+constexpr int32_t kInt8Offset = 0;
 constexpr int64_t kInt8Step = 16;
 typedef __m256i I8Block;
 SIMD_INLINE I8Block w_block(const int8_t* p) { return _mm256_cvtepi8_epi16(load_raw<__m128i>(p)); }
@@ -20,7 +22,8 @@ SIMD_INLINE I32 dot_int8(I8Block x, I8Block w, I32 acc) {
   return (I32)_mm256_add_epi32((__m256i)acc, _mm256_madd_epi16(x, w));
 }
 #else
-constexpr bool kInt8NeedsRowSums = false;
+constexpr int kTileM = 2, kTileN = 4;
+constexpr int32_t kInt8Offset = 0;
 constexpr int64_t kInt8Step = W;
 typedef I32 I8Block;
 SIMD_INLINE I8Block w_block(const int8_t* p) { return __builtin_convertvector(load_raw<I8>(p), I32); }

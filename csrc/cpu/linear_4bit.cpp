@@ -31,6 +31,9 @@ struct Rows4bit {
   SIMD_INLINE_MEMBER void prefetch(int64_t row, int64_t begin, int64_t end) const {
     prefetch_next(w, k, kColumns, row, begin, end);
   }
+  SIMD_INLINE_MEMBER void prefetch_below(int64_t row, int64_t begin) const {
+    __builtin_prefetch(w.packed + ((row + 64) * k + begin) / 2, 0, 2);
+  }
 };
 
 #if QUANTLIB_LEVEL == 2

@@ -32,7 +32,6 @@ void linear_int8_dx(const LinearInt8& a) { QUANTLIB_DISPATCH(linear_int8_dx)(a);
 namespace quantlib::QUANTLIB_ISA {
 
 #include "simd.h"
-#include "dot_tile.h"
 #include "dot_tile_int8.h"
 #include "matmul.h"
 
@@ -177,7 +176,36 @@ void quantize_int8_columns(DType dtype, const void* x, int64_t rows, int64_t k, 
   QUANTLIB_BY_DTYPE(dtype, quantize_columns, x, rows, k, values, absmaxes);
 }
 
+// Not by __builtin_convertvector, which GCC 12 does element by element here.
+#if QUANTLIB_LEVEL == 2
+SIMD_INLINE F32 load(const int8_t* p) { return (F32)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_raw<__m128i>(p))); }
+#elif QUANTLIB_LEVEL == 1
+SIMD_INLINE F32 load(const int8_t* p) {
+  return (F32)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+#else
 SIMD_INLINE F32 load(const int8_t* p) { return __builtin_convertvector(load_raw<I8>(p), F32); }
+#endif
+
+// int8 in the types of products, all of which hold it exactly: a bfloat16 in the upper half of the float.
+SIMD_INLINE void convert_values(const int8_t* in, int64_t n, Int* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+}
+SIMD_INLINE void convert_values(const int8_t* in, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(out + i, load(in + i));
+  for (; i < n; ++i) out[i] = float(in[i]);
+}
+SIMD_INLINE void convert_values(const int8_t* in, int64_t n, bf16* out) {
+  int64_t i = 0;
+#if QUANTLIB_LEVEL == 2
+  // Whole vectors: two halves stored one by one stalled the load of both that follows.
+  for (; i + 2 * W <= n; i += 2 * W)
+    store_raw(out + i, _mm512_cvtne2ps_pbh((__m512)load(in + i + W), (__m512)load(in + i)));
+#endif
+  for (; i + W <= n; i += W) store_raw(out + i, __builtin_convertvector((U32)load(in + i) >> 16, U16));
+  for (; i < n; ++i) narrow(float(in[i]), out + i);
+}
 
 // values * absmax * (1/127) for elements [begin, end); absmax advances with the element if by_column.
 template <class T>
@@ -211,106 +239,169 @@ void dequantize_int8(const int8_t* values, const float* absmaxes, bool by_column
   QUANTLIB_BY_DTYPE(dtype, dequantize, values, absmaxes, by_column, n, period, out);
 }
 
-// x after quantization. The outlier columns as float, [m, ldo], padded with zeros; ldo is 0 if there are none.
+// x after quantization, and its outlier columns as float, [m, count].
 struct Activations {
   const int8_t* q;
   const float* absmax;
   const int64_t* columns;
-  int64_t count, ldo;
+  int64_t count;
   const float* outliers;
 };
 
-template <class T>
-static void finish_row(const LinearInt8& a, int64_t m, int64_t n, float* row, int64_t count) {
-  if (a.bias)
-    for (int64_t j = 0; j < count; ++j) row[j] += widen(static_cast<const T*>(a.bias)[n + j]);
-  convert(row, count, static_cast<T*>(a.y) + m * a.n + n);
-}
+// What N neighbouring rows of the weight, columns of y, bring to the end of a product, and that end: scales, outlier
+// columns, bias, one rounding.
+template <int64_t N>
+struct Columns {
+  const LinearInt8& a;
+  const Activations& x;
+  Scratch<float> outliers;  // the weight's outlier columns, N floats each
+  alignas(64) float absmax[N];
+  alignas(64) int32_t row_sums[N];
 
-static void multiply_int8(const LinearInt8& a, const Activations& x, int64_t first, int64_t last) {
-  constexpr float kStep2 = float(1.0 / (127.0 * 127.0));
-  const Scratch<float> panel(0, kPanel * x.ldo);
-  for (int64_t n = first; n < last; n += kPanel) {
-    const int64_t rows = last - n < kPanel ? last - n : kPanel;
-    const int8_t* w = a.w + n * a.k;
-    int32_t row_sums[kPanel];
-    if (kInt8NeedsRowSums)
-      for (int64_t r = 0; r < rows; ++r) row_sums[r] = row_sum(w + r * a.k, a.k);
-    for (int64_t r = 0; r < kPanel && x.ldo; ++r) {
-      float* row = panel + r * x.ldo;
-      __builtin_memset(row, 0, sizeof(float) * x.ldo);
-      for (int64_t c = 0; c < x.count && r < rows; ++c)
-        row[c] = float(w[r * a.k + x.columns[c]]) * a.w_absmax[n + r] * kStep;
-    }
-    for (int64_t m = 0; m < a.m; m += kTileM) {
-      const int64_t count = a.m - m < kTileM ? a.m - m : kTileM;
-      int32_t acc[kTileM][kPanel];
-      float out[kTileM][kPanel], extra[kTileM][kPanel];
-      for (int64_t r = 0; r < rows; r += kTileN) {
-        const int64_t columns = rows - r < kTileN ? rows - r : kTileN;
-        dot_rows_int8(x.q + m * a.k, w + r * a.k, a.k, count, columns, acc[0] + r, kPanel);
-        if (x.ldo)
-          dot_rows(x.outliers + m * x.ldo, x.ldo, panel + r * x.ldo, x.ldo, x.ldo, count, extra[0] + r, kPanel);
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        const float x_absmax = x.absmax[m + i];
-        for (int64_t j = 0; j < rows; ++j) {
-          const int32_t total = kInt8NeedsRowSums ? acc[i][j] - int32_t(128u * uint32_t(row_sums[j])) : acc[i][j];
-          out[i][j] = float(total) * (x_absmax * a.w_absmax[n + j]) * kStep2;
-        }
-        for (int64_t j = 0; j < rows && x.ldo; ++j) out[i][j] += extra[i][j];
-        QUANTLIB_BY_DTYPE(a.dtype, finish_row, a, m + i, n, out[i], rows);
-      }
+  Columns(const LinearInt8& a, const Activations& x) : a(a), x(x), outliers(8, x.count * N) {}
+
+  // Once the rows have passed, since few elements of many rows are slow to come from memory.
+  void gather(int64_t first, int64_t count) {
+    for (int64_t j = 0; j < N; ++j) {
+      absmax[j] = j < count ? a.w_absmax[first + j] : 0;
+      for (int64_t c = 0; c < x.count; ++c)
+        outliers[c * N + j] = j < count ? float(a.w[(first + j) * a.k + x.columns[c]]) * absmax[j] * kStep : 0;
     }
   }
-}
+  // `count` elements of row m of y from column n on; sums has N integers.
+  template <class T>
+  void finish(int64_t m, int64_t n, int64_t count, const int32_t* sums) const {
+    constexpr float kStep2 = float(1.0 / (127.0 * 127.0));
+    alignas(64) float y[N];
+    for (int64_t j = 0; j < N; j += W) {
+      const I32 total = load_raw<I32>(sums + j) - kInt8Offset * load_raw<I32>(row_sums + j);
+      const F32 v = __builtin_convertvector(total, F32) * (x.absmax[m] * load(absmax + j)) * kStep2;
+      F32 extra = {};
+      for (int64_t c = 0; c < x.count; ++c)
+        extra = fma(set1(x.outliers[m * x.count + c]), load(outliers + c * N + j), extra);
+      store(y + j, x.count ? v + extra : v);
+    }
+    if (a.bias)
+      for (int64_t j = 0; j < count; ++j) y[j] += widen(static_cast<const T*>(a.bias)[n + j]);
+    convert(y, count, static_cast<T*>(a.y) + m * a.n + n);
+  }
+};
 
+// Few rows of x: dot products with the rows of the weight as they lie.
 template <class T>
-static void gather_columns(const void* source, int64_t m, int64_t k, const int64_t* columns, int64_t count, int64_t ldo,
-                           float* out) {
-  const T* x = static_cast<const T*>(source);
-  for (int64_t r = 0; r < m; ++r) {
-    for (int64_t c = 0; c < count; ++c) out[r * ldo + c] = widen(x[r * k + columns[c]]);
-    for (int64_t c = count; c < ldo; ++c) out[r * ldo + c] = 0;
-  }
-}
-
-void linear_int8(const LinearInt8& a) {
-  const Scratch<int8_t> q(1, a.m * a.k);
-  const Scratch<float> absmaxes(2, a.m);
-  const bool split = a.threshold > 0;
-  const Scratch<uint8_t> mask(3, split ? a.k : 0);
-  if (split) __builtin_memset(mask, 0, a.k);
-  QUANTLIB_ISA::quantize_int8_rows(a.dtype, a.x, a.m, a.k, a.threshold, q, absmaxes, split ? (uint8_t*)mask : nullptr);
-  const Scratch<int64_t> columns(4, split ? a.k : 0);
-  int64_t count = 0;
-  for (int64_t c = 0; c < a.k && split; ++c)
-    if (mask[c]) columns[count++] = c;
-  const int64_t ldo = (count + dot_step<float>() - 1) / dot_step<float>() * dot_step<float>();
-  const Scratch<float> outliers(5, a.m * ldo);
-  if (count) {
-    QUANTLIB_BY_DTYPE(a.dtype, gather_columns, a.x, a.m, a.k, columns, count, ldo, outliers);
-  }
-  const Activations x{q, absmaxes, columns, count, ldo, outliers};
-  parallel_for((a.n + kTileN - 1) / kTileN, 1, [&](int64_t first, int64_t last) {
-    multiply_int8(a, x, first * kTileN, last * kTileN < a.n ? last * kTileN : a.n);
+static void few_rows(const LinearInt8& a, const Activations& x) {
+  parallel_for((a.n + kTileN - 1) / kTileN, 1, [&](int64_t begin, int64_t end) {
+    Columns<W> columns(a, x);
+    for (int64_t n = begin * kTileN; n < end * kTileN && n < a.n; n += kTileN) {
+      const int64_t count = a.n - n < kTileN ? a.n - n : kTileN;
+      const int8_t* w = a.w + n * a.k;
+      for (int64_t j = 0; j < W; ++j) columns.row_sums[j] = j < count && kInt8Offset ? row_sum(w + j * a.k, a.k) : 0;
+      columns.gather(n, count);
+      for (int64_t m = 0; m < a.m; m += kTileM) {
+        const int64_t rows = a.m - m < kTileM ? a.m - m : kTileM;
+        int32_t sums[kTileM][W] = {};
+        dot_rows_int8(x.q + m * a.k, w, a.k, rows, count, sums[0], W);
+        for (int64_t i = 0; i < rows; ++i) columns.finish<T>(m + i, n, count, sums[i]);
+      }
+    }
   });
 }
 
+// The values of an int8 weight as elements of a product; their scales are the caller's.
 struct RowsInt8 {
   const int8_t* values;
-  const float* absmax;
   int64_t k;
 
   template <class E>
   SIMD_INLINE_MEMBER void decode(int64_t row, int64_t begin, int64_t end, E* out) const {
-    dequantize_run(values + row * k + begin, absmax + row, false, end - begin, out);
+    convert_values(values + row * k + begin, end - begin, out);
+  }
+  SIMD_INLINE_MEMBER void prefetch(int64_t row, int64_t begin, int64_t end) const {
+    const int8_t* next = values + (end < k ? row * k + end : (row + kColumns) * k);
+    for (int64_t i = 0; i < end - begin; i += 64) __builtin_prefetch(next + i, 0, 2);
+  }
+  SIMD_INLINE_MEMBER void prefetch_below(int64_t row, int64_t begin) const {
+    __builtin_prefetch(values + (row + 32) * k + begin, 0, 2);
   }
 };
 
+// Many rows: panels for multiply_panels().
+struct PanelsInt8 : RowPanels<RowsInt8> {
+  Columns<kColumns> columns;
+
+  PanelsInt8(const RowsInt8& rows, const LinearInt8& a, const Activations& x)
+      : RowPanels<RowsInt8>{rows}, columns(a, x) {}
+
+  void start(int64_t, int64_t) { __builtin_memset(columns.row_sums, 0, sizeof(columns.row_sums)); }
+  void build(int64_t first, int64_t count, int64_t begin, int64_t length, Int* panel) {
+    if (kPer<Int> == 4 && w.k % 4 == 0) {
+      for (int64_t group = 0; group < kColumns; group += W) {
+        const int64_t row = first + (group < count ? group : count - 1), last = first + count - 1 - row;
+        for (int64_t i = 0; i < W; ++i) w.prefetch(row + i, begin, begin + length);
+        transpose(reinterpret_cast<const uint32_t*>(w.values + row * w.k + begin), w.k / 4, last, length / 4,
+                  reinterpret_cast<uint32_t*>(panel) + group);
+      }
+    } else {
+      RowPanels<RowsInt8>::build(first, count, begin, length, panel);
+    }
+    if (!kInt8Offset) return;
+    alignas(4) Int ones[kPer<Int>];
+    for (Int& one : ones) one = 1;
+    const int64_t steps = (length + kPer<Int> - 1) / kPer<Int>;
+    for (int64_t i = 0; i < steps * kColumns; i += W)
+      add_to(columns.row_sums + i % kColumns, multiply_add(ones, load_raw<F32>(panel + i * kPer<Int>), I32{}));
+  }
+};
+
+template <class T>
+static void many_rows(const LinearInt8& a, const Activations& x) {
+  const RowsInt8 rows{a.w, a.k};
+  multiply_panels<Int>(
+      a.m, a.n, a.k,
+      [&](int64_t row, int64_t begin, int64_t length, Int* out) {
+        const int8_t* in = x.q + row * a.k + begin;
+        for (int64_t i = 0; i < length; ++i) out[i] = Int(in[i] + kInt8Offset);
+      },
+      [&](int64_t, int64_t) { return PanelsInt8(rows, a, x); },
+      [&](PanelsInt8& panels, const Tiling& tiling, const int32_t* sums, int64_t first, int64_t count) {
+        panels.columns.gather(first, count);
+        for (int64_t r = 0; r < tiling.rows; ++r)
+          panels.columns.finish<T>(tiling.first + r, first, count, sums + r * kColumns);
+      });
+}
+
+template <class T>
+static void linear(const LinearInt8& a) {
+  // Most rows for which dot products beat panels.
+  constexpr int64_t kFewRows = 24;
+  const Scratch<int8_t> q(3, a.m * a.k);
+  const Scratch<float> absmaxes(4, a.m);
+  const bool split = a.threshold > 0;
+  const Scratch<uint8_t> mask(5, split ? a.k : 0);
+  if (split) __builtin_memset(mask, 0, a.k);
+  quantize_rows<T>(a.x, a.m, a.k, a.threshold, q, absmaxes, split ? (uint8_t*)mask : nullptr);
+  const Scratch<int64_t> columns(6, split ? a.k : 0);
+  int64_t count = 0;
+  for (int64_t c = 0; c < a.k && split; ++c)
+    if (mask[c]) columns[count++] = c;
+  const Scratch<float> outliers(7, a.m * count);
+  for (int64_t m = 0; m < a.m; ++m)
+    for (int64_t c = 0; c < count; ++c)
+      outliers[m * count + c] = widen(static_cast<const T*>(a.x)[m * a.k + columns[c]]);
+  const Activations x{q, absmaxes, columns, count, outliers};
+  (a.m <= kFewRows ? few_rows<T> : many_rows<T>)(a, x);
+}
+
+void linear_int8(const LinearInt8& a) { QUANTLIB_BY_DTYPE(a.dtype, linear, a); }
+
+// The scales of the weight go to dy: rounding their product instead of the weight costs no accuracy, and the weight's
+// values are exact in every type.
 void linear_int8_dx(const LinearInt8& a) {
-  const RowsInt8 w{a.w, a.w_absmax, a.k};
-  multiply(a.dtype, {a.x, nullptr, a.m, a.k, a.n, a.y}, [&](int64_t, int64_t) { return ColumnPanels<RowsInt8>{w}; });
+  const Scratch<float> scale(3, a.n);
+  for (int64_t n = 0; n < a.n; ++n) scale[n] = a.w_absmax[n] * kStep;
+  const RowsInt8 rows{a.w, a.k};
+  multiply(a.dtype, {a.x, nullptr, a.m, a.k, a.n, a.y, scale},
+           [&](int64_t, int64_t) { return ColumnPanels<RowsInt8>{rows}; });
 }
 
 }  // namespace quantlib::QUANTLIB_ISA

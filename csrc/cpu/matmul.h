@@ -1,7 +1,8 @@
 // Products with a weight that is decoded panel by panel, in both directions: y = x W^T and dx = dy W.
 // Included per instruction set after simd.h.
 //
-// The unit is a 32-bit lane holding one float or two bfloat16 that are neighbours along the contraction. A panel has
+// The unit is a 32-bit lane holding one float, two bfloat16 or up to four integers (Int) that are neighbours along the
+// contraction. Floats are summed in float32, integers in int32. A panel has
 // kColumns output columns side by side and a stretch of the contraction that stays in L1, lane c of step i belonging
 // to column c; x is packed in tiles of R rows, R lanes a step. So the inner loop broadcasts lanes of x against vectors
 // of the panel, needs no horizontal sums, and reads all memory in order. The result of an element does not depend on
@@ -24,16 +25,49 @@ constexpr int kTileRows = 4;
 constexpr int kVectors = 2;
 constexpr int64_t kColumns = kVectors * W;
 
-// Elements per lane.
+// What int8 is multiplied as: the most to a lane that one instruction multiplies and sums without saturating.
+#if QUANTLIB_LEVEL == 2
+typedef int8_t Int;  // vpdpbusd takes x as unsigned: 128 is added to it
+#elif QUANTLIB_LEVEL == 1
+typedef int16_t Int;
+#else
+typedef int32_t Int;
+#endif
+
+// Elements per lane, and what lanes of products are summed to.
 template <class E>
 constexpr int64_t kPer = 4 / int64_t(sizeof(E));
+template <class E>
+struct SumsOf {
+  typedef float Sum;
+  typedef F32 Vector;
+};
+template <>
+struct SumsOf<Int> {
+  typedef int32_t Sum;
+  typedef I32 Vector;
+};
 
 SIMD_INLINE F32 multiply_add(const float* x, F32 w, F32 acc) { return fma(set1(*x), w, acc); }
 #if QUANTLIB_LEVEL == 2
 SIMD_INLINE F32 multiply_add(const bf16* x, F32 w, F32 acc) {
   return (F32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)set1(load_raw<int32_t>(x)), (__m512bh)w);
 }
+SIMD_INLINE I32 multiply_add(const Int* x, F32 w, I32 acc) {
+  return (I32)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)set1(load_raw<int32_t>(x)), (__m512i)w);
+}
+#elif QUANTLIB_LEVEL == 1
+SIMD_INLINE I32 multiply_add(const Int* x, F32 w, I32 acc) {
+  return acc + (I32)_mm256_madd_epi16((__m256i)set1(load_raw<int32_t>(x)), (__m256i)w);
+}
+#else
+SIMD_INLINE I32 multiply_add(const Int* x, F32 w, I32 acc) { return acc + set1(*x) * (I32)w; }
 #endif
+
+SIMD_INLINE void add_to(float* p, F32 v, const float* scale = nullptr) {
+  store(p, scale ? fma(v, load(scale), load(p)) : load(p) + v);
+}
+SIMD_INLINE void add_to(int32_t* p, I32 v, const float* = nullptr) { store_raw(p, load_raw<I32>(p) + v); }
 
 // Steps summed in registers before they are added to the total: about what minimises float32's rounding error, which
 // must not exceed that of the matmul to compare with. bfloat16's own rounding hides it.
@@ -59,9 +93,9 @@ struct Decoded {
 // carry `out` from one chain to the next in registers it does not have.
 template <int R, class Panel, class E = typename Panel::Element>
 [[gnu::noinline]] static void tile_chain(const E* x, const Panel& source, int64_t steps, const float* scale,
-                                         float* out) {
+                                         typename SumsOf<E>::Sum* out) {
   const Panel panel = source;
-  F32 acc[R][kVectors] = {};
+  typename SumsOf<E>::Vector acc[R][kVectors] = {};
   for (int64_t i = 0; i < steps; i += Panel::kAtOnce)
 #pragma GCC unroll 8
     for (int s = 0; s < Panel::kAtOnce; ++s) {
@@ -76,27 +110,24 @@ template <int R, class Panel, class E = typename Panel::Element>
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      float* p = out + r * kColumns + v * W;
-      store(p, scale ? fma(acc[r][v], load(scale + v * W), load(p)) : load(p) + acc[r][v]);
-    }
+    for (int v = 0; v < kVectors; ++v) add_to(out + r * kColumns + v * W, acc[r][v], scale ? scale + v * W : nullptr);
 }
 
 // The same for a stretch: chains of `chain` steps, with scales for every scale_steps steps if there are any. Float32
 // chains are summed apart from the total: adding each to it gave errors of eight times their root mean square.
 template <int R, class Panel, class E = typename Panel::Element>
 static void tile_times_panel(int64_t rows, const E* x, const Panel& panel, int64_t steps, int64_t chain,
-                             const float* scales, int64_t scale_steps, float* out) {
+                             const float* scales, int64_t scale_steps, typename SumsOf<E>::Sum* out) {
   if constexpr (R > 1)
     if (rows < R) return tile_times_panel<R - 1>(rows, x, panel, steps, chain, scales, scale_steps, out);
   const bool apart = kPer<E> == 1 && steps > chain;
-  alignas(64) float sum[R * kColumns];
+  alignas(64) typename SumsOf<E>::Sum sum[R * kColumns];
   if (apart) __builtin_memset(sum, 0, sizeof(sum));
   for (int64_t i = 0; i < steps; i += chain)
     tile_chain<R>(x + i * R * kPer<E>, panel.from(i), steps - i < chain ? steps - i : chain,
                   scales ? scales + i / scale_steps * kColumns : nullptr, apart ? sum : out);
   if (apart)
-    for (int64_t i = 0; i < R * kColumns; i += W) store(out + i, load(out + i) + load(sum + i));
+    for (int64_t i = 0; i < R * kColumns; i += W) add_to(out + i, load_raw<typename SumsOf<E>::Vector>(sum + i));
 }
 
 // A lane-wise transpose of W rows: rows [i * ldr + step] -> panel [step * kColumns + i]; rows after `last` repeat it.
@@ -194,7 +225,7 @@ SIMD_INLINE void interleave(const bf16* a, const bf16* b, bf16* panel) {
 #endif
 }
 
-// W: its rows are steps, or halves of steps, already.
+// W: its rows are steps, or halves of steps, already. Rows has prefetch_below(row, begin) of what is soon decoded.
 template <class Rows>
 struct ColumnPanels {
   Rows source;
@@ -207,6 +238,7 @@ struct ColumnPanels {
   void build(int64_t first, int64_t count, int64_t begin, int64_t length, float* panel) const {
     const Rows w = source;  // a local copy need not be read again after every write
     for (int64_t row = begin; row < begin + length; ++row, panel += kColumns) {
+      w.prefetch_below(row, first);
       w.decode(row, first, first + count, panel);
       __builtin_memset(panel + count, 0, sizeof(float) * (kColumns - count));
     }
@@ -215,6 +247,8 @@ struct ColumnPanels {
     const Rows w = source;
     bf16 pair[2][kColumns] = {};
     for (int64_t row = begin; row < begin + length; row += 2, panel += 2 * kColumns) {
+      w.prefetch_below(row, first);
+      w.prefetch_below(row + 1, first);
       w.decode(row, first, first + count, pair[0]);
       if (row + 1 < begin + length)
         w.decode(row + 1, first, first + count, pair[1]);
@@ -225,28 +259,100 @@ struct ColumnPanels {
   }
 };
 
-// Packs rows [first, first + rows) of x[., depth] as one tile, with zeros to fill a lane.
-template <class T, class E>
-static void pack_tile(const T* x, int64_t first, int64_t rows, int64_t depth, E* out) {
+// Packs `rows` rows as one tile, with zeros to fill a lane. read(row, begin, length, E* out) gives their elements.
+template <class E, class Read>
+static void pack_tile(int64_t rows, int64_t depth, const Read& read, E* out) {
   alignas(64) E buffer[kStretch];
   for (int64_t begin = 0; begin < depth; begin += kStretch) {
     const int64_t length = depth - begin < kStretch ? depth - begin : kStretch;
     const int64_t steps = (length + kPer<E> - 1) / kPer<E>;
     uint32_t* lanes = reinterpret_cast<uint32_t*>(out) + begin / kPer<E> * rows;
     for (int64_t r = 0; r < rows; ++r) {
-      convert(x + (first + r) * depth + begin, length, buffer);
+      read(r, begin, length, buffer);
       __builtin_memset(buffer + length, 0, sizeof(E) * (steps * kPer<E> - length));
       for (int64_t s = 0; s < steps; ++s) lanes[s * rows + r] = load_raw<uint32_t>(buffer + s * kPer<E>);
     }
   }
 }
 
-// What to compute: y[m, columns] = x[m, depth] times W^T (or W) + bias, x, bias and y in one dtype.
+// Rows [first, first + rows) of x in `tiles` tiles, all but the last of the same height.
+struct Tiling {
+  int64_t first, rows, tiles, height;
+
+  Tiling(int64_t first, int64_t rows)
+      : first(first), rows(rows), tiles((rows + kTileRows - 1) / kTileRows), height((rows + tiles - 1) / tiles) {
+    tiles = (rows + height - 1) / height;
+  }
+  int64_t rows_of(int64_t tile) const { return rows - tile * height < height ? rows - tile * height : height; }
+};
+
+// read(row, begin, length, E* out) gives elements of x; panels_of(first, last) makes the Panels of a thread;
+// finish(panels, tiling, sums, first, count) takes the sums of `count` columns from `first` on, kColumns a row.
+template <class E, class Read, class MakePanels, class Finish>
+static void multiply_panels(int64_t m, int64_t columns, int64_t depth, const Read& read, const MakePanels& panels_of,
+                            const Finish& finish) {
+  typedef decltype(panels_of(0, 0)) Panels;
+  typedef typename SumsOf<E>::Sum Sum;
+  constexpr int64_t kRowsAtOnce = 85 * kTileRows;  // packed x stays in L3; the weight is decoded once for so many rows
+  const int64_t steps = (depth + kPer<E> - 1) / kPer<E>, chain = chain_length<E>(steps);
+  const int64_t width = steps * kPer<E>;
+  const Scratch<E> packed(1, (m < kRowsAtOnce ? m : kRowsAtOnce) * width);
+  for (int64_t m0 = 0; m0 < m; m0 += kRowsAtOnce) {
+    const Tiling tiling(m0, m - m0 < kRowsAtOnce ? m - m0 : kRowsAtOnce);
+    const int64_t tile_size = tiling.height * width;
+    parallel_for(tiling.tiles, (1 << 14) / (tile_size + 1) + 1, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t)
+        pack_tile(
+            tiling.rows_of(t), depth,
+            [&](int64_t row, int64_t begin, int64_t length, E* out) {
+              read(m0 + t * tiling.height + row, begin, length, out);
+            },
+            packed + t * tile_size);
+    });
+    parallel_for((columns + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
+      const Scratch<E> panel_buffer(0, kStretch * kColumns);
+      const Scratch<Sum> sums(2, tiling.rows * kColumns);
+      E* const panel = panel_buffer;
+      Panels panels = panels_of(first * kColumns, last * kColumns < columns ? last * kColumns : columns);
+      for (int64_t block = first; block < last; ++block) {
+        const int64_t c0 = block * kColumns;
+        const int64_t count = columns - c0 < kColumns ? columns - c0 : kColumns;
+        panels.start(c0, count);
+        __builtin_memset(sums, 0, sizeof(Sum) * tiling.rows * kColumns);
+        for (int64_t begin = 0; begin < depth; begin += kStretch) {
+          const int64_t length = depth - begin < kStretch ? depth - begin : kStretch;
+          const float* scales = panels.scales(begin);
+          const int64_t scale_steps = (int64_t(1) << panels.scale_shift) / kPer<E>;
+          const auto products = [&](const auto& source) {
+            for (int64_t t = 0; t < tiling.tiles; ++t)
+              tile_times_panel<kTileRows>(tiling.rows_of(t), packed + t * tile_size + begin * tiling.rows_of(t), source,
+                                          (length + kPer<E> - 1) / kPer<E>,
+                                          scales && scale_steps < chain ? scale_steps : chain, scales, scale_steps,
+                                          sums + t * tiling.height * kColumns);
+          };
+          if constexpr (Panels::template kCodedTiles<E> > 0) {
+            if (tiling.tiles <= Panels::template kCodedTiles<E>) {
+              products(panels.template coded<E>(c0, count, begin, length, reinterpret_cast<uint32_t*>(panel)));
+              continue;
+            }
+          }
+          panels.build(c0, count, begin, length, panel);
+          products(Decoded<E>{panel});
+        }
+        finish(panels, tiling, static_cast<Sum*>(sums), c0, count);
+      }
+    });
+  }
+}
+
+// What to compute: y[m, columns] = (x[m, depth] * scale) times W^T (or W) + bias, x, bias and y in one dtype; scale
+// has `depth` floats.
 struct Product {
   const void* x;
   const void* bias;
   int64_t m, columns, depth;
   void* y;
+  const float* scale = nullptr;
 };
 
 // Adds the bias, rounds and stores `count` columns from c0 on of rows of sums, `stride` floats each and whole vectors.
@@ -264,57 +370,20 @@ static bool finish(const Product& p, float* sums, int64_t stride, int64_t m0, in
   return max(odd & 1) == 0;
 }
 
-// panels(first, last) makes the Panels of a thread. Returns whether all sums were finite.
+// Returns whether all sums were finite.
 template <class E, class T, class MakePanels>
 static bool multiply(const Product& p, const MakePanels& panels_of) {
-  typedef decltype(panels_of(0, 0)) Panels;
-  constexpr int64_t kRowsAtOnce = 85 * kTileRows;  // packed x stays in L3; the weight is decoded once for so many rows
-  const int64_t steps = (p.depth + kPer<E> - 1) / kPer<E>, chain = chain_length<E>(steps);
-  const int64_t depth = steps * kPer<E>;
-  const Scratch<E> packed(1, (p.m < kRowsAtOnce ? p.m : kRowsAtOnce) * depth);
   bool finite = true;
-  for (int64_t m0 = 0; m0 < p.m; m0 += kRowsAtOnce) {
-    const int64_t rows = p.m - m0 < kRowsAtOnce ? p.m - m0 : kRowsAtOnce;
-    const int64_t tiles = (rows + kTileRows - 1) / kTileRows, height = (rows + tiles - 1) / tiles;
-    const auto tile_rows = [&](int64_t t) { return rows - t * height < height ? rows - t * height : height; };
-    parallel_for(tiles, (1 << 14) / (depth * height + 1) + 1, [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last && tile_rows(t) > 0; ++t)
-        pack_tile(static_cast<const T*>(p.x), m0 + t * height, tile_rows(t), p.depth, packed + t * height * depth);
-    });
-    parallel_for((p.columns + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
-      const Scratch<E> panel_buffer(0, kStretch * kColumns);
-      const Scratch<float> sums(2, rows * kColumns);
-      E* const panel = panel_buffer;
-      Panels panels = panels_of(first * kColumns, last * kColumns < p.columns ? last * kColumns : p.columns);
-      for (int64_t block = first; block < last; ++block) {
-        const int64_t c0 = block * kColumns;
-        const int64_t count = p.columns - c0 < kColumns ? p.columns - c0 : kColumns;
-        panels.start(c0, count);
-        __builtin_memset(sums, 0, sizeof(float) * rows * kColumns);
-        for (int64_t begin = 0; begin < p.depth; begin += kStretch) {
-          const int64_t length = p.depth - begin < kStretch ? p.depth - begin : kStretch;
-          const float* scales = panels.scales(begin);
-          const int64_t scale_steps = (int64_t(1) << panels.scale_shift) / kPer<E>;
-          const auto products = [&](const auto& source) {
-            for (int64_t t = 0; t < tiles && tile_rows(t) > 0; ++t)
-              tile_times_panel<kTileRows>(tile_rows(t), packed + t * height * depth + begin * tile_rows(t), source,
-                                          (length + kPer<E> - 1) / kPer<E>,
-                                          scales && scale_steps < chain ? scale_steps : chain, scales, scale_steps,
-                                          sums + t * height * kColumns);
-          };
-          if constexpr (Panels::template kCodedTiles<E> > 0) {
-            if (tiles <= Panels::template kCodedTiles<E>) {
-              products(panels.template coded<E>(c0, count, begin, length, reinterpret_cast<uint32_t*>(panel)));
-              continue;
-            }
-          }
-          panels.build(c0, count, begin, length, panel);
-          products(Decoded<E>{panel});
-        }
-        if (!finish<T>(p, sums, kColumns, m0, rows, c0, count)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
-      }
-    });
-  }
+  multiply_panels<E>(
+      p.m, p.columns, p.depth,
+      [&](int64_t row, int64_t begin, int64_t length, E* out) {
+        convert(static_cast<const T*>(p.x) + row * p.depth + begin, length, out, p.scale ? p.scale + begin : nullptr);
+      },
+      panels_of,
+      [&](const auto&, const Tiling& tiling, float* sums, int64_t c0, int64_t count) {
+        if (!finish<T>(p, sums, kColumns, tiling.first, tiling.rows, c0, count))
+          __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+      });
   return finite;
 }
 

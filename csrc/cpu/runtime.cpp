@@ -65,7 +65,7 @@ struct Buffer {
     return data;
   }
 };
-thread_local Buffer buffers[8];
+thread_local Buffer buffers[9];
 
 }  // namespace
 

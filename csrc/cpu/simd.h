@@ -108,6 +108,10 @@ SIMD_INLINE void store(f16* p, F32 v) { store_raw(p, _mm256_cvtps_ph((__m256)v, 
 SIMD_INLINE F32 fma(F32 a, F32 b, F32 c) { return (F32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 SIMD_INLINE I32 max(I32 a, I32 b) { return (I32)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 SIMD_INLINE I32 round(F32 v) { return (I32)_mm256_cvtps_epi32((__m256)v); }
+SIMD_INLINE void store_i8(int8_t* p, I32 v) {  // GCC 12 would convert the vector element by element
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
+}
 #else
 SIMD_INLINE F32 load(const f16* p) {
   F32 v;
@@ -122,8 +126,10 @@ SIMD_INLINE I32 max(I32 a, I32 b) { return select(a > b, a, b); }
 // Adding 1.5 * 2^23 leaves the rounded integer in the low bits, exact for |v| < 2^22.
 SIMD_INLINE I32 round(F32 v) { return (I32)(v + 0x1.8p23f) - 0x4b400000; }
 #endif
-#if QUANTLIB_LEVEL < 2
+#if QUANTLIB_LEVEL == 0
 SIMD_INLINE void store_i8(int8_t* p, I32 v) { store_raw(p, __builtin_convertvector(v, I8)); }
+#endif
+#if QUANTLIB_LEVEL < 2
 template <class V>
 SIMD_INLINE auto sum(V v) {
   for (int half = W / 2; half > 0; half /= 2)
@@ -181,11 +187,12 @@ static float absmax(const T* x, int64_t n) {
   return as_float(max(m));
 }
 
+// Rounds in[i], times scale[i] if there are scales.
 template <class A, class B>
-static void convert(const A* in, int64_t n, B* out) {
+static void convert(const A* in, int64_t n, B* out, const float* scale = nullptr) {
   int64_t i = 0;
-  for (; i + W <= n; i += W) store(out + i, load(in + i));
-  for (; i < n; ++i) narrow(widen(in[i]), out + i);
+  for (; i + W <= n; i += W) store(out + i, scale ? load(in + i) * load(scale + i) : load(in + i));
+  for (; i < n; ++i) narrow(scale ? widen(in[i]) * scale[i] : widen(in[i]), out + i);
 }
 
 // Calls f<T>(arguments) for the C++ type of a DType; f is a function template.
