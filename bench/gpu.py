@@ -6,6 +6,7 @@ Under --out (default: the variable OUT, else bench/results/<gpu>/):
     gpu.log           the output of everything
     environment.json  machine, versions, clocks
     tests.xml         the GPU tests, as JUnit XML
+    tuned-<gpu>.json  with --tune: configurations of the Triton kernels, also left in kernels/quant_triton/tuned/
     ops.json, model-<name>.json   records of `python -m bench`
 
 The report is rewritten whenever a stage starts or ends, so that it can be read after a kill. A second call with the
@@ -52,7 +53,7 @@ class Killed(BaseException):
 
 def fingerprint(options: Options) -> str:
     """A hash of the sources and of the options that change what a stage finds."""
-    digest = hashlib.sha256(repr((options.dry_run, sys.version, sys.executable)).encode())
+    digest = hashlib.sha256(repr((options.dry_run, options.tune, sys.version, sys.executable)).encode())
     if options.wheels is not None:
         digest.update(repr(sorted((path.name, path.stat().st_size) for path in options.wheels.glob("*.whl"))).encode())
     for name in SOURCES:
@@ -288,6 +289,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     parser.add_argument("--out", type=Path, help="where to write (default: $OUT, else bench/results/<gpu>)")
     parser.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="for everything (default: 540)")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="peers to install, see bench/peer_wheels.py")
+    parser.add_argument("--tune", action="store_true", help="look for better configurations of the Triton kernels")
     parser.add_argument("--fresh", action="store_true", help="run finished stages again")
     parser.add_argument("--dry-run", action="store_true", help="walk all stages on a CPU, with tiny shapes")
     args = parser.parse_args(arguments)
@@ -297,7 +299,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
         parser.error(f"--wheels {args.wheels}: no such folder")
     out = args.out or Path(os.environ.get("OUT") or _default_out(args.dry_run))
     wheels = args.wheels.resolve() if args.wheels else None
-    return Options(out.resolve(), args.budget, wheels, args.fresh, args.dry_run)
+    return Options(out.resolve(), args.budget, wheels, args.fresh, args.dry_run, args.tune)
 
 
 def _default_out(dry_run: bool) -> Path:

@@ -38,8 +38,8 @@ class OutOfTime(Exception):
 class Options:
     """The command line of gpu.sh.
 
-    out: where everything is written. wheels: folder with peers' wheels, or None. resume: what lies in `out` is of
-    these sources.
+    out: where everything is written. wheels: folder with peers' wheels, or None. tune: look for better configurations
+    of the Triton kernels first. resume: what lies in `out` is of these sources.
     """
 
     out: Path
@@ -47,6 +47,7 @@ class Options:
     wheels: Path | None = None
     fresh: bool = False
     dry_run: bool = False
+    tune: bool = False
     resume: bool = False
 
     @property
@@ -165,6 +166,35 @@ def _diagnose(options: Options, seconds: float) -> list[Command]:
 
 
 # ---------------------------------------------------------------------------------------------------
+# Tuning: before the tests, so that they test what was found
+
+
+TUNED = ROOT / "kernels" / "quant_triton" / "tuned"
+
+
+def _tune(options: Options, seconds: float) -> list[Command]:
+    if not options.tune:
+        raise Unavailable("not asked for with --tune; configurations are those committed, or the defaults")
+    budget = ("--budget", f"{max(1.0, 0.9 * seconds - 10):.0f}")
+    sizes, out = ("--shapes", "4096x4096", "14336x4096", "--rows", "1", "16", "128", "1024", "8192"), TUNED
+    if options.dry_run:
+        sizes, out = ("--shapes", "64x128", "--rows", "1", "--dtype", "float16"), options.out
+    return [python("-m", "quant_triton.tune", *budget, *sizes, "--out", out, **_dry_environment(options))]
+
+
+def _tune_result(options: Options, output: str, code: int) -> str:
+    """What was found goes to `out` as well: it is to be committed."""
+    if code not in (0, 3):
+        raise Failed(last_line(output) or f"exit code {code}")
+    found = Path(last_line(output))
+    if found.parent != options.out:
+        shutil.copy(found, options.out / f"tuned-{found.name}")
+    if code == 3:
+        raise OutOfTime("some problems were not tuned")
+    return found.name
+
+
+# ---------------------------------------------------------------------------------------------------
 # Tests
 
 
@@ -277,6 +307,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("environment", 0.15, _environment, vital=True),
     Stage("build", 0.25, _build, _build_result, _built),
     Stage("diagnose", 0.15, _diagnose),
+    Stage("tune", 0.5, _tune, _tune_result),
     Stage("tests", 0.35, _tests, _tests_result),
     Stage("ops", 0.35, _ops, _bench_result("ops.json")),
     Stage("sanitizer", 0.25, _sanitizer, _sanitizer_result),

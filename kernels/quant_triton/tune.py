@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,11 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def microseconds(run: Callable[[], object]) -> float:
-    """The median time of a call on the GPU, with a cold cache."""
+    """The median time of a call on the GPU, with a cold cache; of one call, of no interest, under the interpreter."""
+    if INTERPRETED:
+        start = time.perf_counter()
+        run()
+        return 1e6 * (time.perf_counter() - start)
     return 1000 * triton.testing.do_bench(run, warmup=20, rep=60, return_mode="median")
 
 
@@ -109,13 +114,17 @@ def tune(
     shapes: Sequence[tuple[int, int]] = SHAPES,
     rows: Sequence[int] = ROWS,
     dtype: torch.dtype = torch.bfloat16,
-) -> Path:
-    """Tunes ops, printing a line per problem; returns the file that was written."""
+    budget: float = float("inf"),
+) -> tuple[Path, bool]:
+    """Tunes ops, printing a line per problem; returns the file that was written, and whether the seconds sufficed."""
+    end = time.monotonic() + budget
     gpu = "interpreter" if INTERPRETED else torch.cuda.get_device_name(device)
     path = folder / f"{slug(gpu)}.json"
     for op in ops:
         results: dict[str, dict] = {}
         for run in problems(op, device, shapes, rows, dtype):
+            if time.monotonic() > end:
+                break
             found = tune_one(op, run, device)
             if found is None or found[0] in results:
                 continue
@@ -123,7 +132,7 @@ def tune(
             results[key] = entry
             print(f"{op} {key}: {entry['us']} us, default {entry['default_us']} us: {entry['config']}", flush=True)
         write(path, {op: results}, gpu)
-    return path
+    return path, time.monotonic() <= end
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -144,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=TUNED, help="folder to write to (default: the package's, which is read)"
     )
+    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="then it stops, with 3")
     args = parser.parse_args(arguments)
     unknown = sorted({*args.ops} - {*tunable})
     if unknown:
@@ -151,8 +161,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available() and not INTERPRETED:
         parser.error("torch finds no GPU to measure on")
     device = torch.device("cpu" if INTERPRETED else f"cuda:{torch.cuda.current_device()}")
-    print(tune(args.ops or tunable, device, args.out, args.shapes, args.rows, DTYPES[args.dtype]))
-    return 0
+    path, complete = tune(
+        args.ops or tunable, device, args.out, args.shapes, args.rows, DTYPES[args.dtype], args.budget
+    )
+    print(path)
+    return 0 if complete else 3
 
 
 if __name__ == "__main__":

@@ -224,6 +224,23 @@ def test_wheels_are_installed_without_network(options, tmp_path, monkeypatch):
     assert gpu.environment(given)["PYTHONPATH"].split(os.pathsep)[0] == str(given.site)
 
 
+def test_tuning_is_asked_for_and_what_it_finds_comes_back(options, tmp_path):
+    with pytest.raises(Unavailable, match="--tune"):
+        named("tune").commands(options, 60)
+    asked = dataclasses.replace(options, tune=True, out=tmp_path / "out")
+    asked.out.mkdir()
+    (command,) = named("tune").commands(asked, 60)
+    assert "quant_triton.tune" in command.arguments and str(gpu_stages.TUNED) in command.arguments
+    (tmp_path / "nvidia-h200.json").write_text("{}")
+    output = f"linear_4bit ...\n{tmp_path}/nvidia-h200.json\n"
+    assert named("tune").result(asked, output, 0) == "nvidia-h200.json"
+    assert (asked.out / "tuned-nvidia-h200.json").exists()
+    with pytest.raises(OutOfTime):
+        named("tune").result(asked, output, 3)
+    with pytest.raises(Failed, match="no GPU"):
+        named("tune").result(asked, "error: no GPU", 2)
+
+
 def test_the_sanitizer_is_found_or_missed(options, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     for variable in ("CUDA_HOME", "CUDA_PATH"):
@@ -314,8 +331,9 @@ def test_a_dry_run_walks_every_stage(tmp_path):
     done = subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr
     found = {entry["name"]: entry["status"] for entry in report(tmp_path)["stages"]}
-    assert found.pop("wheels") == "unavailable"
-    assert list(found) == [stage.name for stage in STAGES[1:]] and set(found.values()) == {"ok"}
+    assert found.pop("wheels") == found.pop("tune") == "unavailable"
+    rest = [stage.name for stage in STAGES if stage.name not in ("wheels", "tune")]
+    assert list(found) == rest and set(found.values()) == {"ok"}
     files = sorted(path.name for path in tmp_path.iterdir())
     assert len(files) <= 8 and {"report.json", "gpu.log", "environment.json", "tests.xml", "ops.json"} <= set(files)
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._-") for name in files)

@@ -35,6 +35,9 @@ def dist(tmp_path_factory) -> Path:
             shutil.copytree(path, source / name, ignore=built)
         else:
             shutil.copy(path, source)
+    tuned = source / "kernels" / "quant_triton" / "tuned"
+    tuned.mkdir(exist_ok=True)
+    (tuned / "some-gpu.json").write_text('{"ops": {}}')
     out = source / "dist"
     run(sys.executable, "-m", "build", "--no-isolation", "-o", str(out), ".", cwd=source, QUANTLIB_CUDA="0")
     return out
@@ -63,7 +66,7 @@ def test_the_wheel_holds_our_packages_and_no_other(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert sorted(top) == PACKAGES, "a top-level `kernels` would overwrite Hugging Face's package of that name"
-    assert "quantlib/_C.abi3.so" in names
+    assert {"quantlib/_C.abi3.so", "quant_triton/tuned/some-gpu.json"} <= set(names)
     for folder in (ROOT, ROOT / "kernels"):
         modules = {p.relative_to(folder).as_posix() for name in PACKAGES for p in folder.glob(f"{name}/**/*.py")}
         assert modules - set(names) == set()

@@ -50,7 +50,7 @@ def op(monkeypatch):
 
 
 def test_the_fastest_that_is_right_is_kept_with_its_time(op, tmp_path, capsys):
-    path = tune.tune([op], CPU, tmp_path, shapes=[(64, 32), (64, 96)], rows=[1, 8])
+    path, _ = tune.tune([op], CPU, tmp_path, shapes=[(64, 32), (64, 96)], rows=[1, 8])
     content = json.loads(path.read_text())
     assert content["ops"] == {
         op: {
@@ -65,7 +65,7 @@ def test_the_fastest_that_is_right_is_kept_with_its_time(op, tmp_path, capsys):
 
 
 def test_a_second_run_adds_to_the_file(op, tmp_path):
-    path = tune.tune([op], CPU, tmp_path, shapes=[(64, 32)], rows=[1])
+    path, _ = tune.tune([op], CPU, tmp_path, shapes=[(64, 32)], rows=[1])
     tune.write(path, {"another": {"k=1": {"config": {}}}}, "interpreter")
     tune.tune([op], CPU, tmp_path, shapes=[(128, 32)], rows=[1])
     content = json.loads(path.read_text())["ops"]
@@ -83,6 +83,11 @@ def test_what_was_written_is_what_is_launched(op, tmp_path, monkeypatch):
     assert config(op, CPU, m=1, n=64) == {"time": 6.0}
     assert config(op, CPU, m=2, n=64) == {"time": 10.0}, "nobody tuned it"
     launch._tuned.cache_clear()
+
+
+def test_it_stops_when_its_time_is_over(op, tmp_path):
+    path, complete = tune.tune([op], CPU, tmp_path, shapes=[(64, 32)], rows=[1], budget=-1.0)
+    assert not complete and json.loads(path.read_text())["ops"] == {op: {}}
 
 
 def test_the_command_names_what_it_cannot_tune(op, capsys):
