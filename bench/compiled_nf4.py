@@ -7,6 +7,7 @@ from quant_triton import nf4
 from quant_triton.codes import lookup_ptx
 from quant_triton.launch import ARCHITECTURES, Architecture, default
 from quant_triton.linear_4bit import _linear_4bit, chunk_size
+from quant_triton.linear_4bit_backward import _linear_4bit_dx
 
 TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # No GPU before sm_80 multiplies bfloat16 on its tensor cores.
@@ -59,20 +60,22 @@ def _embedding(dtype: str, nested: bool) -> Variant:
     )
 
 
+def _lookup(arch: Architecture, dtype: str) -> str:
+    return lookup_ptx("nf4", TORCH[dtype]) if arch.kind == "cuda" and dtype != "fp32" else ""
+
+
 def _linear(m: int, dtype: str, nested: bool = False, block_size: int = 64, rank: int = 0, experts: int = 0) -> Variant:
     """`linear_4bit` of m rows by a [4096, 4096] weight."""
     chunk = chunk_size(block_size)
 
     def constants(arch: Architecture) -> dict:
         settings = default("linear_4bit", arch, m=m, n=4096, k=4096, chunk=chunk, dtype=TORCH[dtype])
-        lookup = lookup_ptx("nf4", TORCH[dtype]) if arch.kind == "cuda" and dtype != "fp32" else ""
         shape = {"CHUNK": chunk, "CHUNKS_PER_BLOCK": block_size // chunk, "EVEN": True}
         extras = {"BIAS": True, "RANK": rank, "EXPERTS": experts}
-        return {"DOUBLE_QUANT": nested, "LOOKUP": lookup} | shape | extras | settings
+        return {"DOUBLE_QUANT": nested, "LOOKUP": _lookup(arch, dtype)} | shape | extras | settings
 
     name = f"linear_4bit m={m} {dtype}" + " nested" * nested + f" block={block_size}" * (block_size != 64)
-    few = m <= 16
-    wgmma = {"sm_90": f"wgmma.m64n{m}k16.* A in registers"} if not few else {"sm_90": "mma.m16n8k16"}
+    tensor = {"sm_90": "mma.m16n8k16" if m <= 16 else f"wgmma.m64n{m}k16.* A in registers"}
     return Variant(
         name + f" rank={rank}" * bool(rank) + " experts" * bool(experts),
         _linear_4bit,
@@ -82,9 +85,37 @@ def _linear(m: int, dtype: str, nested: bool = False, block_size: int = 64, rank
         | {"rank": "i32", "scaling": "fp32", "experts": "i32"},
         constants,
         {"enable_fp_fusion": True},
-        Expect(tensor=wgmma if dtype != "fp32" else {}, load=8 if dtype != "fp32" else 0),
-        WITH_BF16 if dtype == "bf16" else tuple(ARCHITECTURES),
+        Expect(tensor=tensor if dtype != "fp32" else {}, load=8),
+        _targets(dtype, m),
     )
+
+
+def _linear_dx(m: int, dtype: str, nested: bool = False, block_size: int = 64, experts: int = 0) -> Variant:
+    """`linear_4bit_dx` of m rows by a [4096, 4096] weight."""
+    chunk = chunk_size(block_size)
+
+    def constants(arch: Architecture) -> dict:
+        settings = default("linear_4bit_dx", arch, m=m, n=4096, k=4096, chunk=chunk, dtype=TORCH[dtype])
+        shape = {"CHUNK": chunk, "CHUNKS_PER_BLOCK": block_size // chunk, "EVEN": True}
+        return {"DOUBLE_QUANT": nested, "LOOKUP": _lookup(arch, dtype), "EXPERTS": experts} | shape | settings
+
+    name = f"linear_4bit_dx m={m} {dtype}" + " nested" * nested + f" block={block_size}" * (block_size != 64)
+    return Variant(
+        name + " experts" * bool(experts),
+        _linear_4bit_dx,
+        weight(nested)
+        | dict.fromkeys(("dy", "codes", "out"), f"*{dtype}")
+        | {"ends": "*i32", "m": "i32", "n": "i32:16", "k": "i32:16", "stride_dy": "i32:16", "experts": "i32"},
+        constants,
+        {"enable_fp_fusion": True},
+        Expect(tensor={"sm_90": f"wgmma.m64n{m}k16.* A in registers"} if dtype != "fp32" else {}, load=16),
+        _targets(dtype, m),
+    )
+
+
+def _targets(dtype: str, m: int) -> tuple[str, ...]:
+    """Where a kernel multiplies: with more than a few rows it needs tensor cores that Triton knows."""
+    return tuple(ARCHITECTURES) if m <= 16 and dtype != "bf16" else WITH_BF16
 
 
 VARIANTS = [
@@ -98,4 +129,8 @@ VARIANTS = [
     _linear(1, "bf16", block_size=32),
     _linear(128, "bf16", block_size=128),
     _linear(128, "bf16", rank=16),
+    *(_linear_dx(m, dtype) for m in (16, 128) for dtype in ("fp16", "bf16")),
+    _linear_dx(16, "fp32"),
+    _linear_dx(128, "bf16", nested=True),
+    _linear_dx(128, "bf16", block_size=32),
 ]

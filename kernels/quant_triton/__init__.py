@@ -6,6 +6,7 @@ Functions take and return plain tensors, with the arguments of the `torch.ops.qu
 from .absmax import dequantize_int8, quantize_int8
 from .dropout import dropout
 from .linear_4bit import linear_4bit
+from .linear_4bit_backward import linear_4bit_dx
 from .nf4 import dequantize_4bit, embedding_4bit, quantize_4bit
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "dropout",
     "embedding_4bit",
     "linear_4bit",
+    "linear_4bit_dx",
     "quantize_4bit",
     "quantize_int8",
 ]

@@ -221,10 +221,9 @@ def chunk_size(block_size: int) -> int:
     return min(block_size, 64)
 
 
-def _splits(tiles: int, steps: int, arch: Architecture) -> int:
-    """Parts along the sum's dimension that make about two programs per multiprocessor, of at least four steps each."""
-    wanted = 2 * arch.multiprocessors // max(tiles, 1)
-    return max(1, min(wanted, steps // 4, 16))
+def splits(tiles: int, steps: int, arch: Architecture) -> int:
+    """Parts along the sum's dimension that make about two programs per multiprocessor, of at least eight steps each."""
+    return max(1, min(2 * arch.multiprocessors // max(tiles, 1), steps // 8, 16))
 
 
 @default_config("linear_4bit")
@@ -236,18 +235,24 @@ def _(arch: Architecture, *, m: int, n: int, k: int, chunk: int, dtype: torch.dt
         return tiles | {"K_WIDTH": 4 if few else 2, "num_warps": 4, "num_stages": 1}
     if m > (MOST_FUSED_ROWS if dtype != torch.float32 else 16):
         return {}  # decoded first
+    roomy = arch.shared_memory > 160 << 10 and dtype != torch.float32
     if few:
         block_m = 8 if m <= 8 and arch.kind == "cuda" and arch.capability >= 80 else 16
-        split = _splits(triton.cdiv(n, 32), k // (8 * chunk), arch)
-        tiles = {"BLOCK_M": block_m, "BLOCK_N": 32, "WARPS_K": 8, "UNROLL": 1, "SPLIT": split}
-        return tiles | {"K_WIDTH": 4, "num_warps": 8, "num_stages": 3}
-    block_m = min(m, 128)
-    split = _splits(triton.cdiv(m, block_m) * triton.cdiv(n, 128), k // (2 * chunk), arch)
-    tiles = {"BLOCK_M": block_m, "BLOCK_N": 128, "WARPS_K": 1, "UNROLL": 2, "SPLIT": split}
-    return tiles | {"K_WIDTH": 2 if arch.capability == 90 else 4, "num_warps": 8, "num_stages": 3}
+        block_n = 32 if roomy and n >= 64 * arch.multiprocessors else 16
+        warps = 8 if roomy else 4
+        split = splits(triton.cdiv(n, block_n), k // (warps * chunk), arch)
+        tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "WARPS_K": warps, "UNROLL": 1, "SPLIT": split}
+        return tiles | {"K_WIDTH": 4, "num_warps": warps, "num_stages": 4 if roomy else 2}
+    if arch.capability < 80:
+        return {}  # Triton has no tensor-core instruction for it
+    # wgmma and tcgen05 hold the sums outside of, or in more, registers than mma does.
+    block_m, block_n = min(m, 128 if arch.capability in (90, 100) else 64), 128
+    split = splits(triton.cdiv(m, block_m) * triton.cdiv(n, block_n), k // (2 * chunk), arch)
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "WARPS_K": 1, "UNROLL": 2, "SPLIT": split}
+    return tiles | {"K_WIDTH": 2 if arch.capability == 90 else 4, "num_warps": 8, "num_stages": 3 if roomy else 2}
 
 
-def fusable(x: Tensor, packed: Tensor, k: int, block_size: int) -> bool:
+def fusable(packed: Tensor, k: int, block_size: int) -> bool:
     """Whether the kernels can read this weight: rows of whole chunks, 16-byte addresses."""
     return k > 0 and k % chunk_size(block_size) == 0 and packed.data_ptr() % 16 == 0 and packed.is_contiguous()
 
@@ -309,9 +314,13 @@ def fused(
         EVEN=k // chunk % (step * split) == 0,
         **settings,
     )
-    if split > 1:
-        grid = (triton.cdiv(out.numel(), _ADD_BLOCK),)
-        launch(_add_parts, grid, parts, out, out.numel(), fp_fusion=False, SPLIT=split, BLOCK=_ADD_BLOCK)
+    return add_parts(parts, out) if split > 1 else out
+
+
+def add_parts(parts: Tensor, out: Tensor) -> Tensor:
+    """`out`, contiguous, set to the sum of parts, [split, *out.shape] float32, in order."""
+    grid = (triton.cdiv(out.numel(), _ADD_BLOCK),)
+    launch(_add_parts, grid, parts, out, out.numel(), fp_fusion=False, SPLIT=parts.shape[0], BLOCK=_ADD_BLOCK)
     return out
 
 
@@ -325,7 +334,7 @@ def settings_for(x: Tensor, weight: Weight, out_features: int) -> Config:
     """The configuration with which `fused` takes these rows; empty if W is to be decoded first."""
     packed, block_size = weight[0], weight[-1]
     m, k = x.shape
-    if not fusable(x, packed, k, block_size):
+    if not fusable(packed, k, block_size):
         return {}
     return config(
         "linear_4bit", x.device, m=bucket(m), n=out_features, k=k, chunk=chunk_size(block_size), dtype=x.dtype

@@ -1,0 +1,204 @@
+"""The gradient dY W with a 4-bit W (QLoRA, arXiv:2305.14314), in the ways of `linear_4bit`.
+
+Here the sum runs over the rows of W, whose scales differ, so each weight is scaled as it is decoded, in float32, and
+rounded to dY's dtype. Its 16-bit code was rounded before: together 1.3 times the error of a weight rounded once. A tile
+of W is turned on its way through shared memory (16-byte stores, transposing `ldmatrix`) into the operand that wgmma
+takes from registers; the other is a tile of dY^T. Rows of dY are the product's narrow side, so that few of them still
+make a full instruction. Tiles are split along the sum where they are few.
+
+Compiled and interpreted, not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .codes import block_scales, byte_lookup, check_weight, codebook, decode
+from .launch import Architecture, Config, bucket, config, default_config, dot, launch
+from .linear_4bit import MOST_FUSED_ROWS, Weight, add_parts, chunk_size, fusable, rows_of, splits, tile_of_expert
+from .nf4 import dequantize_4bit
+
+
+@triton.jit(do_not_specialize=["m", "experts"])
+def _linear_4bit_dx(
+    dy,
+    packed,
+    absmax,
+    nested_absmax,
+    nested_codebook,
+    offset,
+    codes,
+    ends,
+    out,
+    m,
+    n,
+    k,
+    stride_dy,
+    experts,
+    DOUBLE_QUANT: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS_PER_BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    DTYPE: tl.constexpr = codes.dtype.element_ty
+    CHUNKS: tl.constexpr = BLOCK_K // CHUNK
+    chunks = k // CHUNK
+    words_a_row = tl.multiple_of(k // 8, CHUNK // 8)
+    tiles_m = tl.cdiv(m, BLOCK_M) + (experts if EXPERTS > 0 else 0)
+    first_m = tl.program_id(0) % tiles_m * BLOCK_M
+    first_k = tl.program_id(0) // tiles_m * BLOCK_K
+    split = tl.program_id(1)
+    end_m = m
+    first_chunk = first_k // CHUNK
+    if EXPERTS > 0:
+        expert, first_m, end_m = tile_of_expert(ends, experts, first_m // BLOCK_M, BLOCK_M, EXPERTS)
+        packed += expert.to(tl.int64) * n * (k // 2)
+        first_chunk += expert * n * chunks
+    dy += first_m.to(tl.int64) * stride_dy
+    words = packed.to(tl.pointer_type(tl.int32), bitcast=True)
+
+    # Rows and columns beyond the last are read from it, and not stored.
+    row = tl.arange(0, BLOCK_M)
+    existing_row = tl.maximum(tl.minimum(row, end_m - first_m - 1), 0)
+    feature = tl.arange(0, BLOCK_N)
+    word = tl.minimum(first_k // 8 + tl.arange(0, BLOCK_K // 8), words_a_row - 1)
+    word = tl.max_contiguous(tl.multiple_of(word, CHUNK // 8), CHUNK // 8)
+    chunk = tl.minimum(tl.arange(0, CHUNKS), chunks - 1 - first_k // CHUNK)
+    at_dy = existing_row[None, :] * stride_dy + feature[:, None]
+    acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+
+    share = tl.cdiv(tl.cdiv(n, BLOCK_N), SPLIT) * BLOCK_N
+    begin = split * share
+    end = tl.minimum(begin + share, n) if end_m > first_m else begin
+    for first in range(begin, end, BLOCK_N):
+        if EVEN:
+            existing = first + feature
+            exists = existing >= 0
+            g = tl.load(dy + first + at_dy)
+        else:
+            existing = tl.minimum(first + feature, n - 1)
+            exists = first + feature < n
+            g = tl.load(dy + first + at_dy, mask=exists[:, None], other=0.0)
+        w = tl.load(words + existing[:, None] * words_a_row + word[None, :])
+        block = (first_chunk + existing[:, None] * chunks + chunk[None, :]) // CHUNKS_PER_BLOCK
+        mask = exists[:, None] & (block >= 0)
+        scale = block_scales(absmax, nested_absmax, nested_codebook, offset, block, mask, DOUBLE_QUANT)
+        v = tl.reshape(decode(w, codes, DTYPE, LOOKUP), (BLOCK_N, CHUNKS, CHUNK)).to(tl.float32)
+        v = tl.reshape((v * scale[:, :, None]).to(DTYPE), (BLOCK_N, BLOCK_K))
+        acc = dot(tl.trans(v), g, acc)
+
+    column = first_k + tl.arange(0, BLOCK_K)
+    inside = (row < end_m - first_m)[None, :] & (column < k)[:, None]
+    out += (split.to(tl.int64) * m + first_m) * k
+    tl.store(out + row[None, :] * k + column[:, None], acc.to(out.dtype.element_ty), mask=inside)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Launching
+
+
+@default_config("linear_4bit_dx")
+def _(arch: Architecture, *, m: int, n: int, k: int, chunk: int, dtype: torch.dtype) -> Config:
+    if arch.interpreted:
+        tiles = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "SPLIT": 2 if n > 128 else 1}
+        return tiles | {"num_warps": 4, "num_stages": 1}
+    if m > (MOST_FUSED_ROWS if dtype != torch.float32 else 16):
+        return {}  # decoded first
+    block_m = max(16, min(m, 128))
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 128}
+    split = splits(triton.cdiv(m, block_m) * triton.cdiv(k, 128), n // 64, arch)
+    return tiles | {"SPLIT": split, "num_warps": 8 if m > 16 else 4, "num_stages": 3}
+
+
+def settings_for_dx(dy: Tensor, weight: Weight, in_features: int) -> Config:
+    """The configuration with which `fused_dx` takes these rows; empty if W is to be decoded first."""
+    packed, block_size = weight[0], weight[-1]
+    m, n = dy.shape
+    if not fusable(packed, in_features, block_size):
+        return {}
+    chunk = chunk_size(block_size)
+    return config("linear_4bit_dx", dy.device, m=bucket(m), n=n, k=in_features, chunk=chunk, dtype=dy.dtype)
+
+
+def fused_dx(dy: Tensor, weight: Weight, in_features: int, settings: Config, *, ends: Tensor | None = None) -> Tensor:
+    """`dy W` without a decoded W in memory.
+
+    Args:
+        dy: [rows, n], elements of a row adjacent. weight, in_features: as `linear_4bit_dx`; `fusable`.
+        settings: a configuration of "linear_4bit_dx". ends: as in `linear_4bit.fused`.
+    """
+    packed, absmax, *nested, quant_type, block_size = weight
+    (m, n), k = dy.shape, in_features
+    chunk, split = chunk_size(block_size), settings["SPLIT"]
+    experts = 0 if ends is None else ends.numel()
+    tiles = (triton.cdiv(m, settings["BLOCK_M"]) + experts) * triton.cdiv(k, settings["BLOCK_K"])
+    out = dy.new_empty((m, k))
+    parts = out if split == 1 else dy.new_empty((split, m, k), dtype=torch.float32)
+    launch(
+        _linear_4bit_dx,
+        (tiles, split),
+        dy,
+        packed,
+        absmax,
+        *(absmax if part is None else part for part in nested),  # never followed
+        codebook(quant_type, dy.device, dy.dtype),
+        dy if ends is None else ends,
+        parts,
+        m,
+        n,
+        k,
+        dy.stride(0),
+        experts,
+        fp_fusion=True,
+        DOUBLE_QUANT=nested[0] is not None,
+        LOOKUP=byte_lookup(quant_type, dy.device, dy.dtype),
+        EXPERTS=triton.next_power_of_2(experts) if experts else 0,
+        CHUNK=chunk,
+        CHUNKS_PER_BLOCK=block_size // chunk,
+        EVEN=n % (settings["BLOCK_N"] * split) == 0,
+        **settings,
+    )
+    return add_parts(parts, out) if split > 1 else out
+
+
+def linear_4bit_dx(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_codebook: Tensor | None,
+    offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    in_features: int,
+) -> Tensor:
+    """Gradient of `linear_4bit` for x: `dy @ W` with a 4-bit W, [out_features, in_features].
+
+    Args:
+        dy: [..., out_features], float32, float16 or bfloat16, any strides.
+        packed ... block_size: the weight, see `dequantize_4bit`.
+
+    Returns:
+        [..., in_features], contiguous, in dy's dtype. Sums in float32, in an order that depends on the shape only.
+
+    Raises:
+        ValueError: unknown quant_type, or nested arguments of which only some are given.
+    """
+    check_weight("linear_4bit_dx", nested_absmax, nested_codebook, offset, quant_type)
+    weight = (packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size)
+    rows = rows_of(dy)
+    shape = (*dy.shape[:-1], in_features)
+    settings = settings_for_dx(rows, weight, in_features)
+    if rows.numel() and in_features and settings:
+        return fused_dx(rows, weight, in_features, settings).view(shape)
+    w = dequantize_4bit(*weight, (rows.shape[1], in_features), dy.dtype)
+    return (rows @ w).view(shape)
