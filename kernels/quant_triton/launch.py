@@ -233,8 +233,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, fp_fusion: bool,
 def dot(a, b, acc):
     """acc + a @ b: int8 into int32, float16 and bfloat16 into float32, float32 without rounding its factors to TF32."""
     if acc.dtype == tl.int32:
-        return tl.dot(a, b, acc, out_dtype=tl.int32)
-    if INTERPRETED:  # it multiplies the bit patterns of bfloat16
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+    else:
+        if INTERPRETED:  # it multiplies the bit patterns of bfloat16
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
