@@ -56,7 +56,7 @@ struct NestedCodebook {
 // Undoes double quant for groups [first, last) of 256 blocks.
 static void undo_double_quant(const Weight4bit& w, int64_t blocks, int64_t first, int64_t last, float* scales) {
   const float offset = w.offset;
-  const NestedCodebook lookup(w.nested_codebook);
+  const NestedCodebook lookup{w.nested_codebook};
   for (int64_t group = first; group < last; ++group) {
     const float absmax = w.nested_absmax[group];
     const int64_t end = (group + 1) * 256 < blocks ? (group + 1) * 256 : blocks;
