@@ -73,16 +73,22 @@ def _registered(op: str) -> Callable:
     return _OVERLOADS[op]
 
 
-def _reference(op: str) -> Callable:
-    function = getattr(reference, op)
+def _without_autocast(function: Callable) -> Callable:
+    """An op computes in the dtypes that it is given: torch's products inside of it must not choose others."""
 
     @functools.wraps(function)
     def without_autocast(*args: object) -> object:
-        # Under autocast the float32 sums of exact integers would become bfloat16 ones.
-        with torch.autocast(args[0].device.type, enabled=False):
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
             return function(*args)
 
     return without_autocast
+
+
+def _reference(op: str) -> Callable:
+    return _without_autocast(getattr(reference, op))
 
 
 _CPU_LEVELS = {
@@ -116,7 +122,8 @@ def _triton_ops() -> list[str]:
     offered = [op for op in ops.SCHEMAS if op in getattr(quant_triton, "__all__", ())]
     for op in offered:
         ops.register("quantlib_triton", op)
-        torch.library.impl(f"quantlib_triton::{op}", "CompositeExplicitAutograd")(getattr(quant_triton, op))
+        kernel = _without_autocast(getattr(quant_triton, op))
+        torch.library.impl(f"quantlib_triton::{op}", "CompositeExplicitAutograd")(kernel)
     return offered
 
 
