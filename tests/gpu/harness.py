@@ -109,8 +109,26 @@ def cases(op: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     elif op == "dropout":
         for shape in ((1,), (33, 130), (7, 4099)):
             yield torch.randn(shape).to(dtype), torch.tensor([2**40 + 5]), 0.25
+    elif op in ops.COMPOSED:
+        yield from _lora_cases(op, dtype)
     else:
         raise NotImplementedError(f"tests/gpu/harness.py: no cases for the op {op!r}; add them")
+
+
+def _lora_cases(op: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Without dropout and with; factors in float32 and in the dtype of x; a rank of more than one part."""
+    for m, n, k in LINEAR:
+        for rank, factors, p in ((8, dtype, 0.0), (70, torch.float32, 0.25)):
+            weight = weight_4bit(n, k, double_quant=p > 0) if "4bit" in op else weight_int8(n, k)
+            a, b = (torch.randn(rank, k) * k**-0.5).to(factors), (torch.randn(n, rank) * rank**-0.5).to(factors)
+            seed = torch.tensor([2**40 + 5]) if p else None
+            x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+            if op.endswith("_backward"):
+                s = torch.randn(m, rank).to(dtype)
+                yield torch.randn(m, n).to(dtype), x, s, *weight, a, b, 2.0, seed, p, [True, True, True]
+            else:
+                threshold = () if "4bit" in op else (6.0,)
+                yield x, *weight, bias, *threshold, a, b, 2.0, seed, p, True
 
 
 def to_device(arguments: Any, device: torch.device = DEVICE) -> Any:
@@ -154,6 +172,15 @@ def assert_within_budget(op: str, actual: Tensor, arguments: tuple, on_device: t
     bias = on_device[-1] if op == "linear_4bit" else None
     plain = x @ weight if op.endswith("_dx") else F.linear(x, weight, bias)
     assert_error_within(actual, plain, exact, factor=1.5 if op.endswith("_dx") else 1.0)
+
+
+def assert_composed_within_budget(op: str, actual: tuple, arguments: tuple, on_device: tuple) -> None:
+    """y no further from the float64 result than the reference in the same dtype, gradients at most 1.5x as far."""
+    names = [argument.name for argument in getattr(torch.ops.quantlib, op).default._schema.arguments]
+    wide = (a.double() if name in ("x", "dy", "s", "bias") else a for name, a in zip(names, arguments, strict=True))
+    function, factor = getattr(reference, op), 1.5 if op.endswith("_backward") else 1.0
+    for ours, plain, exact in zip(actual, function(*on_device), function(*wide), strict=True):
+        assert_error_within(ours, plain, exact, factor)
 
 
 def _is_activation(a: Any, arguments: tuple) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantlib import backends, reference
+from quantlib import backends, ops, reference
 
 from . import harness
 from .harness import DEVICE, DRY_RUN, DTYPES, EXACT, KERNELS, assert_same, cases, run, to_device
@@ -56,6 +56,14 @@ def test_error_budget(backend, op, dtype):
         on_device = to_device(arguments)
         (actual,) = run(backend, op, on_device)
         harness.assert_within_budget(op, actual, arguments, on_device)
+
+
+@pytest.mark.parametrize("backend, op, dtype", matrix(*ops.COMPOSED))
+def test_error_budget_of_base_and_branch(backend, op, dtype):
+    usable(backend, dtype)
+    for arguments in cases(op, dtype):
+        on_device = to_device(arguments)
+        harness.assert_composed_within_budget(op, run(backend, op, on_device), arguments, on_device)
 
 
 @pytest.mark.parametrize("backend, op", KERNELS)
