@@ -10,9 +10,6 @@ from quant_triton.linear_4bit import _linear_4bit, chunk_size
 from quant_triton.linear_4bit_backward import _linear_4bit_dx
 
 TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# No GPU before sm_80 multiplies bfloat16 on its tensor cores.
-WITH_BF16 = tuple(name for name in ARCHITECTURES if name != "sm_75")
-STREAMED_X = r"ld\.global\.b16"  # x element by element
 
 
 def weight(nested: bool) -> dict[str, str]:
@@ -85,8 +82,8 @@ def _linear(m: int, dtype: str, nested: bool = False, block_size: int = 64, rank
         | {"rank": "i32", "scaling": "fp32", "experts": "i32"},
         constants,
         {"enable_fp_fusion": True},
-        Expect(tensor=tensor if dtype != "fp32" else {}, load=8),
-        _targets(dtype, m),
+        Expect(tensor=tensor if dtype != "fp32" else {}, load=8 if block_size > 32 else 4),
+        _targets("linear_4bit", m, dtype),
     )
 
 
@@ -109,13 +106,14 @@ def _linear_dx(m: int, dtype: str, nested: bool = False, block_size: int = 64, e
         constants,
         {"enable_fp_fusion": True},
         Expect(tensor={"sm_90": f"wgmma.m64n{m}k16.* A in registers"} if dtype != "fp32" else {}, load=16),
-        _targets(dtype, m),
+        _targets("linear_4bit_dx", m, dtype),
     )
 
 
-def _targets(dtype: str, m: int) -> tuple[str, ...]:
-    """Where a kernel multiplies: with more than a few rows it needs tensor cores that Triton knows."""
-    return tuple(ARCHITECTURES) if m <= 16 and dtype != "bf16" else WITH_BF16
+def _targets(op: str, m: int, dtype: str) -> tuple[str, ...]:
+    """Where W is not decoded first."""
+    key = {"m": m, "n": 4096, "k": 4096, "chunk": 64, "dtype": TORCH[dtype]}
+    return tuple(name for name, arch in ARCHITECTURES.items() if default(op, arch, **key))
 
 
 VARIANTS = [

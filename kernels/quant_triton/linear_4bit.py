@@ -21,6 +21,8 @@ Compiled and interpreted, not yet run on a GPU.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -30,8 +32,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .codes import block_scales, byte_lookup, check_weight, codebook, decode
-from .launch import Architecture, Config, bucket, config, default_config, dot, launch
-from .nf4 import dequantize_4bit
+from .launch import Architecture, Config, bucket, candidates, config, default, default_config, dot, launch, problem
+from .nf4 import dequantize_4bit, quantize_4bit
 
 Weight = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, str, int]  # as every op takes it
 
@@ -213,7 +215,6 @@ def _add_parts(parts, out, size, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
 # Launching
 
 _ADD_BLOCK = 1024
-MOST_FUSED_ROWS = 1024
 
 
 def chunk_size(block_size: int) -> int:
@@ -226,6 +227,13 @@ def splits(tiles: int, steps: int, arch: Architecture) -> int:
     return max(1, min(2 * arch.multiprocessors // max(tiles, 1), steps // 8, 16))
 
 
+def most_fused_rows(arch: Architecture, dtype: torch.dtype) -> int:
+    """Rows up to which it does not pay to decode W first."""
+    if arch.capability < 80:
+        return 4  # Triton knows no tensor-core instruction there, so a row more costs as much as the first
+    return 16 if dtype == torch.float32 else 1024
+
+
 @default_config("linear_4bit")
 def _(arch: Architecture, *, m: int, n: int, k: int, chunk: int, dtype: torch.dtype) -> Config:
     few = m <= 16
@@ -233,23 +241,46 @@ def _(arch: Architecture, *, m: int, n: int, k: int, chunk: int, dtype: torch.dt
         split = 2 if k > 256 else 1
         tiles = {"BLOCK_M": 16, "BLOCK_N": 32, "WARPS_K": 2 if few else 1, "UNROLL": 2, "SPLIT": split}
         return tiles | {"K_WIDTH": 4 if few else 2, "num_warps": 4, "num_stages": 1}
-    if m > (MOST_FUSED_ROWS if dtype != torch.float32 else 16):
+    if m > most_fused_rows(arch, dtype):
         return {}  # decoded first
     roomy = arch.shared_memory > 160 << 10 and dtype != torch.float32
     if few:
-        block_m = 8 if m <= 8 and arch.kind == "cuda" and arch.capability >= 80 else 16
+        block_m = m if arch.capability < 80 else 8 if m <= 8 and arch.kind == "cuda" else 16
         block_n = 32 if roomy and n >= 64 * arch.multiprocessors else 16
         warps = 8 if roomy else 4
         split = splits(triton.cdiv(n, block_n), k // (warps * chunk), arch)
         tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "WARPS_K": warps, "UNROLL": 1, "SPLIT": split}
         return tiles | {"K_WIDTH": 4, "num_warps": warps, "num_stages": 4 if roomy else 2}
-    if arch.capability < 80:
-        return {}  # Triton has no tensor-core instruction for it
     # wgmma and tcgen05 hold the sums outside of, or in more, registers than mma does.
     block_m, block_n = min(m, 128 if arch.capability in (90, 100) else 64), 128
     split = splits(triton.cdiv(m, block_m) * triton.cdiv(n, block_n), k // (2 * chunk), arch)
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "WARPS_K": 1, "UNROLL": 2, "SPLIT": split}
     return tiles | {"K_WIDTH": 2 if arch.capability == 90 else 4, "num_warps": 8, "num_stages": 3 if roomy else 2}
+
+
+@candidates("linear_4bit")
+def _(arch: Architecture, *, m: int, n: int, k: int, chunk: int, dtype: torch.dtype) -> Iterator[Config]:
+    largest = most_fused_rows(arch, dtype)
+    base = default("linear_4bit", arch, m=min(m, largest), n=n, k=k, chunk=chunk, dtype=dtype)
+    if not base:
+        return
+    yield {}
+    if m <= 16:
+        for block_n, warps, split, stages in itertools.product((16, 32, 64), (4, 8), (1, 2, 4), (3, 5)):
+            tiles = {"BLOCK_N": block_n, "WARPS_K": warps, "SPLIT": split}
+            yield base | tiles | {"num_warps": warps, "num_stages": stages}
+    else:
+        for block_m, block_n, split, stages in itertools.product((32, 64, 128), (64, 128), (1, 2, 4, 8), (3, 4)):
+            if block_m <= m:
+                tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "SPLIT": split}
+                yield base | tiles | {"num_warps": block_n // 16, "num_stages": stages}
+
+
+@problem("linear_4bit")
+def _(device: torch.device, m: int, n: int, k: int, dtype: torch.dtype) -> Callable[[], object]:
+    packed, absmax = quantize_4bit(torch.randn((n, k), device=device, dtype=dtype), "nf4", 64)
+    x = torch.randn((m, k), device=device, dtype=dtype)
+    return lambda: linear_4bit(x, packed, absmax, None, None, None, "nf4", 64, n, None)
 
 
 def fusable(packed: Tensor, k: int, block_size: int) -> bool:

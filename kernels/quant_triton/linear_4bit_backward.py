@@ -11,15 +11,27 @@ Compiled and interpreted, not yet run on a GPU.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .codes import block_scales, byte_lookup, check_weight, codebook, decode
-from .launch import Architecture, Config, bucket, config, default_config, dot, launch
-from .linear_4bit import MOST_FUSED_ROWS, Weight, add_parts, chunk_size, fusable, rows_of, splits, tile_of_expert
-from .nf4 import dequantize_4bit
+from .launch import Architecture, Config, bucket, candidates, config, default, default_config, dot, launch, problem
+from .linear_4bit import (
+    Weight,
+    add_parts,
+    chunk_size,
+    fusable,
+    most_fused_rows,
+    rows_of,
+    splits,
+    tile_of_expert,
+)
+from .nf4 import dequantize_4bit, quantize_4bit
 
 
 @triton.jit(do_not_specialize=["m", "experts"])
@@ -111,12 +123,33 @@ def _(arch: Architecture, *, m: int, n: int, k: int, chunk: int, dtype: torch.dt
     if arch.interpreted:
         tiles = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "SPLIT": 2 if n > 128 else 1}
         return tiles | {"num_warps": 4, "num_stages": 1}
-    if m > (MOST_FUSED_ROWS if dtype != torch.float32 else 16):
+    if arch.capability < 80 or m > most_fused_rows(arch, dtype):
         return {}  # decoded first
     block_m = max(16, min(m, 128))
     tiles = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 128}
     split = splits(triton.cdiv(m, block_m) * triton.cdiv(k, 128), n // 64, arch)
     return tiles | {"SPLIT": split, "num_warps": 8 if m > 16 else 4, "num_stages": 3}
+
+
+@candidates("linear_4bit_dx")
+def _(arch: Architecture, *, m: int, n: int, k: int, chunk: int, dtype: torch.dtype) -> Iterator[Config]:
+    largest = most_fused_rows(arch, dtype)
+    base = default("linear_4bit_dx", arch, m=min(m, largest), n=n, k=k, chunk=chunk, dtype=dtype)
+    if not base:
+        return
+    yield {}
+    sizes = itertools.product((16, 32, 64, 128), (32, 64), (64, 128), (1, 2, 4, 8), (3, 4))
+    for block_m, block_n, block_k, split, stages in sizes:
+        if block_m <= max(m, 16) <= 8 * block_m:
+            tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": split}
+            yield tiles | {"num_warps": block_k // 16, "num_stages": stages}
+
+
+@problem("linear_4bit_dx")
+def _(device: torch.device, m: int, n: int, k: int, dtype: torch.dtype) -> Callable[[], object]:
+    packed, absmax = quantize_4bit(torch.randn((n, k), device=device, dtype=dtype), "nf4", 64)
+    dy = torch.randn((m, n), device=device, dtype=dtype)
+    return lambda: linear_4bit_dx(dy, packed, absmax, None, None, None, "nf4", 64, k)
 
 
 def settings_for_dx(dy: Tensor, weight: Weight, in_features: int) -> Config:
