@@ -47,7 +47,8 @@ class Variant:
 
     name: unique, such as "dequantize_4bit nested bf16". kernel: a `triton.jit` function.
     signature: its arguments that are no constexprs: "*bf16", "*u8", "fp32", "i32"; "i32:16" for a multiple of 16.
-        Pointers are multiples of 16 bytes, as torch allocates; "*bf16:1" is one that is not.
+        Pointers are multiples of 16 bytes, as torch allocates; "*bf16:1" is one that is not. Or a function of the
+        Architecture that gives them, where some have another type or are constants.
     constants: constexprs, num_warps and num_stages, as `quant_triton.launch.launch` takes them, or a function of the
         Architecture that gives them, such as one that calls `quant_triton.launch.default`.
     options: what else the compiler is told, at least enable_fp_fusion.
@@ -56,7 +57,7 @@ class Variant:
 
     name: str
     kernel: Any
-    signature: Mapping[str, str]
+    signature: Mapping[str, str] | Callable[[Architecture], Mapping[str, str]]
     constants: Mapping[str, Any] | Callable[[Architecture], Mapping[str, Any]]
     options: Mapping[str, Any]
     expect: Expect = Expect()
@@ -64,8 +65,11 @@ class Variant:
 
     def constants_on(self, target: str) -> dict[str, Any]:
         """Constexprs and launch options on a target."""
-        constants = self.constants(ARCHITECTURES[target]) if callable(self.constants) else self.constants
-        return dict(constants)
+        return dict(self.constants(ARCHITECTURES[target]) if callable(self.constants) else self.constants)
+
+    def signature_on(self, target: str) -> dict[str, str]:
+        """Types of all other arguments on a target."""
+        return dict(self.signature(ARCHITECTURES[target]) if callable(self.signature) else self.signature)
 
 
 @dataclass(frozen=True)
@@ -95,16 +99,16 @@ def compile_variant(variant: Variant, target: str) -> Any:
 
     if INTERPRETED:
         raise RuntimeError("bench.compiled: TRITON_INTERPRET is set, which replaces the compiler; unset it")
-    constants = variant.constants_on(target)
+    constants, types = variant.constants_on(target), variant.signature_on(target)
     options = {name: constants.pop(name) for name in OPTIONS if name in constants} | dict(variant.options)
     names = variant.kernel.arg_names
-    unknown = [name for name in {**variant.signature, **constants} if name not in names]
-    missing = [name for name in names if name not in variant.signature and name not in constants]
+    unknown = [name for name in {**types, **constants} if name not in names]
+    missing = [name for name in names if name not in types and name not in constants]
     if unknown or missing:
         raise ValueError(f"bench.compiled: {variant.name}: no arguments of the kernel: {unknown}; missing: {missing}")
     signature, attributes = {}, {}
     for i, name in enumerate(names):
-        kind, _, divisor = variant.signature.get(name, "constexpr").partition(":")
+        kind, _, divisor = types.get(name, "constexpr").partition(":")
         signature[name] = kind
         if (divisor or ("16" if kind.startswith("*") else "")) == "16":
             attributes[(i,)] = [["tt.divisibility", 16]]

@@ -1,7 +1,9 @@
 """The int8 and dropout kernels as they are compiled, see `bench.compiled`."""
 
+import torch
+
 from bench.compiled import Expect, Variant
-from quant_triton import absmax, launch
+from quant_triton import absmax, int8, launch
 from quant_triton.dropout import TILE, _dropout_kernel  # the package has a function of the module's name
 
 
@@ -39,11 +41,78 @@ def _dropout(dtype: str, size: int) -> Variant:
     )
 
 
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def _few_rows(m: int, split: bool, dtype: str = "bf16", n: int = 4096, k: int = 4096) -> Variant:
+    return Variant(
+        f"linear_int8 {m} rows{' with outliers' if split else ''} to {n} {dtype}",
+        int8._few_rows_kernel,
+        {"x": f"*{dtype}", "w": "*i32", "w_absmax": "*fp32", "bias": f"*{dtype}", "y": f"*{dtype}", "M": "i32"}
+        | dict.fromkeys(("N", "K", "x_row"), "i32:16")
+        | {"limit": "fp32"},
+        lambda arch: {"SPLIT": split, "ROWS": m, **launch.default("linear_int8_few_rows", arch, m=m, n=n, k=k)},
+        {"enable_fp_fusion": True},
+        Expect(load=16, absent=("cvt.rn.f32.s8",)),
+    )
+
+
+def _product(m: int, split: bool, dtype: str = "bf16", n: int = 4096, k: int = 4096) -> Variant:
+    def tile(arch):
+        return launch.default("linear_int8", arch, m=m, n=n, k=k, dtype=_DTYPES[dtype])
+
+    def optional(arch):
+        """Pointers that some launches have: their types, None where this one does not."""
+        parts = tile(arch)["SPLIT_K"] > 1
+        types = {"columns": ("*i32", split), "state": ("*u8", split or parts), "parts": ("*i32", parts)}
+        return {name: kind if present else None for name, (kind, present) in types.items()}
+
+    def signature(arch):
+        blocks = tile(arch)
+        kinds = {"x": f"*{dtype}", "q": "*i8", "w": "*i8", "x_absmax": "*fp32", "w_absmax": "*fp32"}
+        kinds |= {"bias": f"*{dtype}", "y": f"*{dtype}", "M": "i32"} | dict.fromkeys(("N", "K", "x_row"), "i32:16")
+        kinds |= {name: kind for name, kind in optional(arch).items() if kind}
+        for name, rows in (("q_tiles", blocks["BLOCK_M"]), ("w_tiles", blocks["BLOCK_N"])):
+            kinds[name] = f"tensordesc<i8[{rows},{blocks['BLOCK_K']}]>" if blocks["TMA"] else "*i8"
+        return kinds
+
+    def constants(arch):
+        return {name: None for name, kind in optional(arch).items() if not kind} | {"SPLIT": split, **tile(arch)}
+
+    ampere = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_100", "sm_120"), r"mma.*m16n8k32.*\.s8\.s8")
+    return Variant(
+        f"linear_int8 {m} rows{' with outliers' if split else ''} {dtype}",
+        int8._product_kernel,
+        signature,
+        constants,
+        {"enable_fp_fusion": True},
+        Expect(tensor={**ampere, "sm_90": r"wgmma.*k32\.s32\.s8\.s8", "gfx942": "v_mfma_i32"}),
+    )
+
+
+def _dx(m: int, dtype: str = "bf16", n: int = 4096, k: int = 4096) -> Variant:
+    return Variant(
+        f"linear_int8_dx {m} rows {dtype}",
+        int8._dx_kernel,
+        {"dy": f"*{dtype}", "w": "*i8", "w_absmax": "*fp32", "dx": f"*{dtype}", "M": "i32"}
+        | dict.fromkeys(("N", "K", "dy_row"), "i32:16"),
+        lambda arch: launch.default("linear_int8_dx", arch, m=m, n=n, k=k, dtype=_DTYPES[dtype]),
+        {"enable_fp_fusion": False},
+        Expect(load=16, absent=("cvt.rn.f32.s8",)),
+    )
+
+
 VARIANTS = [
     *(_quantize(f"row of {length}", "bf16", 1, length) for length in (512, 4096, 14336, 32768)),
     *(_quantize(f"row of {length} with outliers", "bf16", 1, length, split=True) for length in (4096, 32768)),
     _quantize("row of 4096 after RMSNorm", "bf16", 1, 4096, split=True, norm=True),
     _quantize("row of 32768", "fp32", 1, 32768, split=True),
     _quantize("column of 512", "bf16", 0, 512),
+    *(_few_rows(m, split) for m in (1, 2) for split in (False, True)),
+    *(_few_rows(m, split, n=1024) for m in (1, 2) for split in (False, True)),
+    *(_product(m, split) for m in (16, 64, 128, 256, 2048) for split in (False, True)),
+    _product(2048, True, "fp32"),
+    *(_dx(m) for m in (16, 64, 512)),
+    _dx(512, "fp32"),
     *(_dropout(dtype, size) for dtype, size in (("fp32", 4), ("bf16", 2))),
 ]
