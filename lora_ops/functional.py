@@ -34,7 +34,8 @@ def _flatten(base: Base) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
         *tensors, quant_type, block_size = base.op_args()
         return tuple(tensors), (quant_type, block_size, tuple(base.shape), base.dtype)
     if isinstance(base, QuantizedInt8):
-        return (base.values, base.absmax), (base.dim, base.block_size, base.dtype)
+        # Not two: with as many arguments as forward has names but one, Dynamo believes that it takes no ctx.
+        return (base.values, base.absmax, None), (base.dim, base.block_size, base.dtype)
     return (base,), ()
 
 
@@ -44,8 +45,8 @@ def _unflatten(tensors: tuple[Tensor | None, ...], rest: tuple[Any, ...]) -> Bas
         return Quantized4bit(
             *tensors, quant_type=quant_type, block_size=block_size, shape=torch.Size(shape), dtype=dtype
         )
-    if len(tensors) == 2:
-        return QuantizedInt8(*tensors, None, *rest)
+    if len(tensors) == 3:
+        return QuantizedInt8(*tensors, *rest)
     return tensors[0]
 
 
@@ -68,8 +69,13 @@ def _autocast_off(device_type: str) -> AbstractContextManager:
 
 def _whole(x: Tensor, tensors: tuple[Tensor | None, ...], suffix: str = "") -> Callable | None:
     """The kernel for base and branch together, None where there is none."""
-    op = {5: "lora_linear_4bit", 2: "lora_linear_int8"}.get(len(tensors))
+    op = {5: "lora_linear_4bit", 3: "lora_linear_int8"}.get(len(tensors))
     return None if op is None or x.dtype == torch.float64 else fused(op + suffix, x.device)
+
+
+def _weight(tensors: tuple[Tensor | None, ...], rest: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A quantized weight as such a kernel takes it."""
+    return (*tensors, *rest[:2]) if len(tensors) == 5 else tensors[:2]
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -86,8 +92,9 @@ class _LoraLinear(torch.autograd.Function):
             y, S = matmul(x, _unflatten(tensors, rest), bias, threshold), None
             y.addmm_(_dropout(x, seed, dropout_p) @ A.to(x.dtype).t(), B.to(x.dtype).t(), alpha=scaling)
         else:
-            of_base = (*rest[:2], bias) if len(tensors) == 5 else (bias, threshold)
-            y, S = whole(x, *tensors, *of_base, A, B, scaling, seed, dropout_p, any(ctx.needs_input_grad))
+            weight = _weight(tensors, rest)
+            of_base = (bias,) if len(tensors) == 5 else (bias, threshold)
+            y, S = whole(x, *weight, *of_base, A, B, scaling, seed, dropout_p, any(ctx.needs_input_grad))
         ctx.save_for_backward(x, A, B, seed, S, *tensors)
         return y
 
@@ -107,8 +114,7 @@ def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     if whole is None:
         dx, dA, dB = _composed_backward(dy, x, _unflatten(tuple(tensors), rest), *branch)
     else:
-        of_base = rest[:2] if len(tensors) == 5 else ()
-        results = whole(dy, x, S, *tensors, *of_base, *branch)
+        results = whole(dy, x, S, *_weight(tensors, rest), *branch)
         dx, dA, dB = (result if wanted else None for result, wanted in zip(results, needed, strict=True))
     db = dy.sum(0, dtype=torch.promote_types(dy.dtype, bias_dtype)).to(bias_dtype) if needs_db else None
     return dx, dA, dB, db, *(None,) * (5 + len(tensors))

@@ -116,6 +116,7 @@ def _gpu_missing(*modules: str) -> str:
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
 def _triton_ops() -> list[str]:
     """Registers what quant_triton has as torch.ops.quantlib_triton.*: torch.compile need not look into a launch."""
     quant_triton, _ = _import("quant_triton")

@@ -222,6 +222,14 @@ def test_a_backend_that_changes_between_the_passes_still_serves():
             torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", BASES)
+def test_compiles_where_nothing_needs_a_gradient(kind):
+    x, base, A, B, bias, _ = make_inputs(kind)
+    compiled = torch.compile(lambda x: lora_linear(x, base, A, B, 2.0, bias), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), lora_linear(x, base, A, B, 2.0, bias))
+
+
 def test_two_calls_draw_two_masks():
     x, base, A, B, _, _ = make_inputs("nf4")
     with torch.no_grad():
