@@ -5,8 +5,10 @@ Functions take and return plain tensors, with the arguments of the `torch.ops.qu
 
 from .absmax import dequantize_int8, quantize_int8
 from .dropout import dropout
+from .int8 import linear_int8, linear_int8_dx
 from .linear_4bit import linear_4bit
 from .linear_4bit_backward import linear_4bit_dx
+from .lora import lora_linear_4bit, lora_linear_4bit_backward, lora_linear_int8, lora_linear_int8_backward
 from .nf4 import dequantize_4bit, embedding_4bit, quantize_4bit
 
 __all__ = [
@@ -16,6 +18,12 @@ __all__ = [
     "embedding_4bit",
     "linear_4bit",
     "linear_4bit_dx",
+    "linear_int8",
+    "linear_int8_dx",
+    "lora_linear_4bit",
+    "lora_linear_4bit_backward",
+    "lora_linear_int8",
+    "lora_linear_int8_backward",
     "quantize_4bit",
     "quantize_int8",
 ]
