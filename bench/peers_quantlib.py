@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import lora_ops
 import quantlib
 from bench.cases import OPS, Results
 from bench.contest import (
+    CONTESTANTS,
     LORA,
     OURS,
     Entry,
@@ -96,38 +97,31 @@ def _(case, w):
     return Entry(entry.run, entry.results, truth, graph=False)
 
 
-_KERNELS: dict[str, Callable[[Case, Weights, Rows], tuple]] = {
-    "quantize_4bit": lambda case, w, rows: (w.w, "nf4", 64),
-    "dequantize_4bit": lambda case, w, rows: (*w.q.op_args(), w.q.shape, case.dtype),
-    "linear_4bit": lambda case, w, rows: (rows.x, *w.q.op_args(), case.shape[0], None),
-    "quantize_int8": lambda case, w, rows: (w.w, -1, None, 0.0),
-    "dequantize_int8": lambda case, w, rows: (w.q.values, w.q.absmax, -1, None, case.dtype),
-    "linear_int8": lambda case, w, rows: (rows.x, w.q.values, w.q.absmax, None, THRESHOLD),
-}
-
-
-def _kernel_results(case: Case, w: Weights) -> Callable[[Any], Results]:
-    if case.op == "quantize_4bit":
-        exact = lambda out: reference.dequantize_4bit(*out, None, None, None, "nf4", 64, case.shape, torch.float64)  # noqa: E731
-        return lambda out: {"decoded": exact(out)}
-    if case.op == "quantize_int8":
-        return lambda out: {"decoded": reference.dequantize_int8(*out[:2], -1, None, torch.float64)}
-    return one("y" if OPS[case.op].rows else "w")
+def _kernels(case: Case) -> list[str]:
+    """The ops of `quantlib.ops` that a case runs."""
+    if case.op in LORA:
+        return [case.op, f"{case.op}_backward"] if case.backward else [case.op]
+    op = case.op.removesuffix("_double").removesuffix("_columns")
+    return [op, f"{op}_dx"] if case.backward else [op]
 
 
 def _on_request(backend: backends.Backend) -> None:
-    """A backend that `auto` passes over is a contestant of its own for the ops that it has."""
+    """A backend that `auto` passes over is a contestant of its own: what OURS runs, by its kernels."""
 
     def build(case: Case, w: Weights) -> Entry:
-        device = w.w.device
-        if case.backward:
-            raise Unavailable("measured forward only")
-        if refusal := backend.refusal(case.op, device.type):
-            raise Unavailable(f"it {refusal}")
-        kernel, args = backend.kernel(case.op), _KERNELS[case.op]
-        return Entry(lambda rows: kernel(*args(case, w, rows)), _kernel_results(case, w))
+        for op in _kernels(case):
+            if refusal := backend.refusal(op, w.w.device.type):
+                raise Unavailable(f"it {refusal}")
+        (ours,) = (peer for peer in CONTESTANTS[case.op] if peer.name == OURS)
+        entry = ours.entry(case, w)
 
-    contestant([op for op in _KERNELS if op in backend.ops], f"quantlib, {backend.name}")(build)
+        def run(rows: Rows) -> Any:
+            with backends.use_backend(backend.name):
+                return entry.run(rows)
+
+        return replace(entry, run=run)
+
+    contestant(OPS, f"quantlib, {backend.name}")(build)
 
 
 for _backend in backends.BACKENDS:

@@ -184,6 +184,8 @@ class _Choice:
 
     def __init__(self) -> None:
         self.backend: Backend | None = None
+        self.isas: list[str] = [] if _C is None else _C.cpu_isas()
+        self.isa = ""
 
     def set(self, name: str) -> None:
         backend = None if name == AUTO else _find(name)
@@ -191,8 +193,10 @@ class _Choice:
             raise RuntimeError(f"quantlib.use_backend: {name!r} cannot run here: {backend.missing}")
         if backend is not None:
             _ = backend.ops  # what it loads should not be loaded first in the middle of torch.compile
-        if _C is not None:
-            _C.set_cpu_isa(backend.name if backend and backend.device == "cpu" else _C.cpu_isas()[0])
+        isa = backend.name if backend and backend.device == "cpu" else next(iter(self.isas), "")
+        if isa != self.isa:  # setting it takes longer than a small kernel
+            _C.set_cpu_isa(isa)
+            self.isa = isa
         self.backend = backend
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -86,17 +87,24 @@ def test_backends_on_request_say_why_they_are_not_measured():
         triton.entry(case, weights)
 
 
-@pytest.mark.parametrize("op", peers_quantlib._KERNELS)
-def test_a_backend_on_request_would_be_called_rightly(op, monkeypatch):
-    """The same way as that of the CUDA and Triton kernels, with the CPU's."""
-    backend = SimpleNamespace(
-        name="stand-in", ops=(op,), refusal=lambda op, device: "", kernel=peers_quantlib.backends._registered
-    )
-    monkeypatch.setattr(contest, "CONTESTANTS", {op: []})
-    peers_quantlib._on_request(backend)
-    case = Case(op, (32, 64), torch.bfloat16, 5 if OPS[op].rows else None)
+@pytest.mark.parametrize("op, backward", [(op, way) for op in OPS for way in (False, True)[: 1 + OPS[op].backward]])
+def test_a_backend_on_request_runs_what_ours_runs(op, backward, monkeypatch):
+    """The same way as that of the CUDA and Triton kernels, with the reference's."""
+    backends, seen = peers_quantlib.backends, []
+    kernel = lambda op: seen.append(op) or backends._reference(op)  # noqa: E731
+    (reference,) = (backend for backend in backends.BACKENDS if backend.name == "reference")
+    stand_in = replace(reference, name="stand-in", kernel=kernel, manual="not run")
+    monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, stand_in))
+    monkeypatch.setitem(CONTESTANTS, op, [peer for peer in CONTESTANTS[op] if peer.name == "quantlib"])
+    for other in OPS.keys() - {op}:
+        monkeypatch.setitem(CONTESTANTS, other, [])
+    peers_quantlib._on_request(stand_in)
+    case = Case(op, (32, 64), torch.bfloat16, 5 if OPS[op].rows else None, backward=backward)
     w = make_weights(case, Source("cpu"))
     rows = OPS[op].rows(case, Source("cpu", 1)) if OPS[op].rows else SimpleNamespace()
-    entry = contest.CONTESTANTS[op][0].entry(case, w)
-    found = peers.verdict(entry.results(entry.run(rows)), OPS[op].truth(w, rows), OPS[op].plain(w, rows))
+    entry = CONTESTANTS[op][-1].entry(case, w)
+    seen.clear()
+    output = entry.run(rows)
+    found = peers.verdict(entry.results(output), OPS[op].truth(w, rows), OPS[op].plain(w, rows))
     assert found[:2] == ("ok", "")
+    assert seen == peers_quantlib._kernels(case)
