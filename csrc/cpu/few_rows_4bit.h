@@ -1,0 +1,279 @@
+// y = x W^T for few rows of x, decoded in registers straight into the products. Included after decode_4bit.h and
+// matmul.h; AVX2 and AVX-512.
+//
+// x is multiplied by the codebook's values and the sum over each block by its absmax, in float32: no table is filled
+// per block, and nothing is rounded but the codebook where x is bfloat16. A sum over a block may be finite, infinite or
+// NaN where the sum of products with the weights is not, if absmax is not finite or x is huge. The result is never
+// finite then, so the caller looks for that and computes it anew.
+
+// Rows of the weight begin at a multiple of 16 bytes, and blocks do not straddle them.
+static bool has_whole_blocks(const Weight4bit& w, int64_t k) {
+  const int64_t block = int64_t(1) << w.block_shift;
+  return k > 0 && k % 32 == 0 && (k % block == 0 || block % k == 0);
+}
+
+// The most rows of x that are multiplied by decoded codes at once.
+constexpr int kFewAtOnce = 6;
+// Rows of the weight in one strip, which stays in L2 until all rows of x have passed it.
+constexpr int64_t kStrip = 64;
+// Bytes of x, in all rows, that stay in L1 while the rows of a strip pass them.
+constexpr int64_t kFewBytes = 48 << 10;
+// Rows of x are padded to a multiple of this.
+constexpr int64_t kGroup = 128;
+// Rows of the weight at a time: independent chains of sums that share the loads of x, as far as registers go.
+#if QUANTLIB_LEVEL == 2
+template <int M>
+constexpr int kFewColumns = M > 3 ? 2 : 4;
+#else
+template <int M>
+constexpr int kFewColumns = M > 2   ? 1
+                            : M > 1 ? 2
+                                    : 4;
+#endif
+
+// What decodes kStep codes of rows of the weight at a time, and how x is laid out for it.
+#if QUANTLIB_LEVEL == 2
+// The codebook in bfloat16, twice: vpermw looks at the low five bits of a 16-bit lane, of which four are the code.
+SIMD_INLINE __m512i codebook_bf16(const Codebook& codebook) {
+  const __m512 codes = _mm512_loadu_ps(codebook.code);
+  return (__m512i)_mm512_cvtne2ps_pbh(codes, codes);
+}
+
+// A 64-byte load holds 128 codes in 32 words of 4; shifted by 0, 4, 8 and 12 bits the words look up codes 1, 0, 3 and 2
+// of each, so x is put in that order first.
+static void put_in_order(const bf16* x, int64_t k, bf16* out) {
+  for (int64_t begin = 0; begin < k; begin += kGroup)
+    for (int64_t i = 0; i < kGroup; i += 32) {
+      const int64_t left = k - begin - i;
+      const __m512i v = _mm512_maskz_loadu_epi16(left >= 32 ? ~0u : 0, x + begin + i);
+#pragma GCC unroll 4
+      for (int64_t s = 0; s < 4; ++s)
+        store_raw(out + begin + 32 * s + i / 4, _mm512_cvtepi64_epi16(_mm512_srli_epi64(v, unsigned(16 * (s ^ 1)))));
+    }
+}
+
+// W codes, in order.
+struct FloatCodes {
+  __m512 table;
+
+  SIMD_INLINE_MEMBER explicit FloatCodes(const Codebook& codebook) : table(_mm512_loadu_ps(codebook.code)) {}
+  SIMD_INLINE_MEMBER F32 operator()(const uint8_t* packed) const {
+    const __m512i shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 36, 32, 44, 40, 52, 48, 60, 56);
+    const __m512i words = _mm512_set1_epi64(load_raw<int64_t>(packed));
+    return (F32)_mm512_permutexvar_ps(_mm512_multishift_epi64_epi8(shifts, words), table);
+  }
+};
+
+// The sums of N vectors, four at a time: less than half the instructions of one at a time.
+template <int N>
+SIMD_INLINE void sums(const F32* v, float* out) {
+#pragma GCC unroll 8
+  for (int i = 0; i < N; i += 4) {
+    __m512 pair[2];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m512 a = (__m512)v[i + 2 * j < N ? i + 2 * j : 0], b = (__m512)v[i + 2 * j + 1 < N ? i + 2 * j + 1 : 0];
+      pair[j] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    const __m512d low = (__m512d)pair[0], high = (__m512d)pair[1];
+    const __m512 four = _mm512_add_ps((__m512)_mm512_unpacklo_pd(low, high), (__m512)_mm512_unpackhi_pd(low, high));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+    const __m128 all = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    __builtin_memcpy(out + i, &all, sizeof(float) * (N - i < 4 ? N - i : 4));
+  }
+}
+#else
+struct FloatCodes {
+  FloatTable table;
+
+  SIMD_INLINE_MEMBER explicit FloatCodes(const Codebook& codebook)
+      : table{_mm256_loadu_ps(codebook.code), _mm256_loadu_ps(codebook.code + 8)} {}
+  SIMD_INLINE_MEMBER F32 operator()(const uint8_t* packed) const { return lookup8(packed, table); }
+};
+
+template <int N>
+SIMD_INLINE void sums(const F32* v, float* out) {
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) out[i] = sum(v[i]);
+}
+#endif
+
+template <class T>
+static void put_in_order(const T* x, int64_t k, float* out) {
+  convert(x, k, out);
+}
+
+// Rows first ... first + R of the weight; those from `end` on repeat the last.
+template <int R>
+struct FewRows {
+  const uint8_t* packed[R];
+  int64_t origin[R];
+
+  SIMD_INLINE_MEMBER FewRows(const Weight4bit& w, int64_t k, int64_t first, int64_t end) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      origin[r] = (first + r < end ? first + r : end - 1) * k;
+      packed[r] = w.packed + origin[r] / 2;
+    }
+  }
+};
+
+// out[m * kStrip + r] += total of row m of x and row r of the weight.
+template <int M, int R>
+SIMD_INLINE void add_totals(const F32* total, float* out) {
+  float all[M * R];
+  sums<M * R>(total, all);
+#pragma GCC unroll 16
+  for (int i = 0; i < M * R; ++i) out[i / R * kStrip + i % R] += all[i];
+}
+
+// out[m * kStrip + r] += x row m . w row first + r over columns [begin, stop); begin is a multiple of kGroup.
+template <int M>
+static void few_dots(const Weight4bit& w, const float* x, int64_t k, int64_t first, int64_t end, int64_t begin,
+                     int64_t stop, float* out) {
+  constexpr int R = kFewColumns<M>;
+  const FloatCodes codes(w.codebook);
+  const FewRows<R> rows(w, k, first, end);
+  const int64_t length = (k + kGroup - 1) / kGroup * kGroup;
+  const float* const absmax = w.absmax;
+  const int shift = w.block_shift;
+  const int64_t chunk = shift < 7 ? int64_t(1) << shift : 128;  // lies in one block
+  F32 total[M * R] = {};
+  for (; begin < stop; begin += chunk) {
+    const int64_t count = stop - begin < chunk ? stop - begin : chunk;
+    F32 sum[M * R] = {};
+    for (int64_t i = begin; i < begin + count; i += W) {
+      F32 b[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) b[r] = codes(rows.packed[r] + i / 2);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const F32 a = load(x + m * length + i);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sum[m * R + r] = fma(a, b[r], sum[m * R + r]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(rows.packed[r] + (begin + R * k) / 2);
+      const F32 scale = set1(absmax[(rows.origin[r] + begin) >> shift]);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) total[m * R + r] = fma(sum[m * R + r], scale, total[m * R + r]);
+    }
+  }
+  add_totals<M, R>(total, out);
+}
+
+#if QUANTLIB_LEVEL == 2
+// The same in bfloat16. kBlocks: how many blocks a group of 128 has, or 1.
+template <int M, int kBlocks>
+static void few_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t first, int64_t end, int64_t begin,
+                     int64_t stop, float* out) {
+  constexpr int R = kFewColumns<M>;
+  const __m512i table = codebook_bf16(w.codebook);
+  const FewRows<R> rows(w, k, first, end);
+  const int64_t length = (k + kGroup - 1) / kGroup * kGroup;
+  const float* const absmax = w.absmax;
+  const int shift = w.block_shift;
+  F32 total[M * R] = {};
+  const auto group = [&](int64_t begin, auto load_codes, auto load_scale) __attribute__((always_inline)) {
+    __m512i codes[R];
+    __m512 sum[M * R] = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      codes[r] = load_codes(rows.packed[r] + begin / 2);
+      __builtin_prefetch(rows.packed[r] + (begin + R * k) / 2);
+    }
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; ++s) {
+      __m512bh b[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) b[r] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes[r], 4 * s), table);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const __m512bh a = load_raw<__m512bh>(x + m * length + begin + 32 * s);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sum[m * R + r] = _mm512_dpbf16_ps(sum[m * R + r], a, b[r]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const F32 scale = load_scale(absmax + ((rows.origin[r] + begin) >> shift));
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) total[m * R + r] = fma((F32)sum[m * R + r], scale, total[m * R + r]);
+    }
+  };
+  const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  const __m512i block = kBlocks == 4 ? lanes : _mm512_srli_epi32(lanes, 1);
+  const auto spread = [&](__m128 scales) __attribute__((always_inline)) {
+    return (F32)_mm512_permutexvar_ps(block, _mm512_castps128_ps512(scales));
+  };
+  for (; begin + kGroup <= stop; begin += kGroup)
+    group(
+        begin, [](const uint8_t* p) __attribute__((always_inline)) { return _mm512_loadu_si512(p); },
+        [&](const float* p) __attribute__((always_inline)) {
+          if constexpr (kBlocks == 1) return set1(*p);
+          if constexpr (kBlocks == 2) return spread(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)p)));
+          return spread(_mm_loadu_ps(p));
+        });
+  if (begin < stop) {
+    const int64_t left = stop - begin, blocks = (left * kBlocks + kGroup - 1) / kGroup;
+    group(
+        begin,
+        [&](const uint8_t* p)
+            __attribute__((always_inline)) { return _mm512_maskz_loadu_epi64((1 << left / 16) - 1, p); },
+        [&](const float* p) __attribute__((always_inline)) {
+          return kBlocks == 1 ? set1(*p) : spread(_mm_maskz_loadu_ps((1 << blocks) - 1, p));
+        });
+  }
+  add_totals<M, R>(total, out);
+}
+
+template <int M>
+static void few_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t first, int64_t end, int64_t begin,
+                     int64_t stop, float* out) {
+  const auto dots = w.block_shift == 5 && k >= 32   ? few_dots<M, 4>
+                    : w.block_shift == 6 && k >= 64 ? few_dots<M, 2>
+                                                    : few_dots<M, 1>;
+  dots(w, x, k, first, end, begin, stop, out);
+}
+#endif
+
+// `rows` <= M rows of x, put in order, times rows [first, last) of the weight, kStrip at most: rows m and on of y.
+// Returns whether all is finite.
+template <class T, class E, int M = kFewAtOnce>
+static bool few_rows(const Product& p, const Weight4bit& w, const E* x, int64_t m, int64_t rows, int64_t first,
+                     int64_t last) {
+  if constexpr (M > 1)
+    if (rows < M) return few_rows<T, E, M - 1>(p, w, x, m, rows, first, last);
+  float sums[M * kStrip] = {};
+  const int64_t stretches = (p.depth * M * int64_t(sizeof(E)) + kFewBytes - 1) / kFewBytes;
+  const int64_t depth = (p.depth / stretches + kGroup - 1) / kGroup * kGroup;
+  for (int64_t k = 0; k < p.depth; k += depth)
+    for (int64_t n = first; n < last; n += kFewColumns<M>)
+      few_dots<M>(w, x, p.depth, n, last, k, k + depth < p.depth ? k + depth : p.depth, sums + n - first);
+  return finish<T>(p, sums, kStrip, m, M, first, last - first);
+}
+
+// y = x W^T + bias, x and y of type T, multiplied as E. Returns whether all is finite.
+template <class E, class T>
+static bool few_rows(const Product& p, const Weight4bit& weight) {
+  const int64_t length = (p.depth + kGroup - 1) / kGroup * kGroup;
+  const int64_t passes = (p.m + kFewAtOnce - 1) / kFewAtOnce;
+  const Scratch<E> x(1, p.m * length);
+  for (int64_t m = 0; m < p.m; ++m) put_in_order(static_cast<const T*>(p.x) + m * p.depth, p.depth, x + m * length);
+  bool finite = true;
+  parallel_for((p.columns + 3) / 4, 16384 / p.depth + 1, [&](int64_t begin, int64_t end) {
+    const int64_t last = end * 4 < p.columns ? end * 4 : p.columns;
+    for (int64_t n = begin * 4; n < last; n += kStrip) {
+      const int64_t stop = n + kStrip < last ? n + kStrip : last;
+      const PlainWeight plain(weight, n * p.depth, stop * p.depth);
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        const int64_t m = p.m * pass / passes, rows = p.m * (pass + 1) / passes - m;
+        if (!few_rows<T, E>(p, plain.w, x + m * length, m, rows, n, stop))
+          __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+      }
+    }
+  });
+  return finite;
+}
