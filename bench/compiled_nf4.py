@@ -127,8 +127,10 @@ VARIANTS = [
     _linear(1, "bf16", block_size=32),
     _linear(128, "bf16", block_size=128),
     _linear(128, "bf16", rank=16),
+    _linear(64, "bf16", experts=64),
     *(_linear_dx(m, dtype) for m in (16, 128) for dtype in ("fp16", "bf16")),
     _linear_dx(16, "fp32"),
     _linear_dx(128, "bf16", nested=True),
     _linear_dx(128, "bf16", block_size=32),
+    _linear_dx(64, "bf16", experts=64),
 ]

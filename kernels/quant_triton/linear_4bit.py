@@ -22,6 +22,7 @@ Compiled and interpreted, not yet run on a GPU.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -59,7 +60,7 @@ def _columns(CHUNK: tl.constexpr, K_WIDTH: tl.constexpr):
 
 @triton.jit
 def tile_of_expert(ends, experts, tile, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr):
-    """(expert, first row, end) of a tile of rows that are sorted by expert; the end is 0 where there is no such tile.
+    """(expert, first row, end) of a tile of rows that are sorted by expert; all 0 where there is no such tile.
 
     ends: [experts] int32, where the rows of each expert end. EXPERTS: a power of two, at least `experts`.
     """
@@ -70,7 +71,8 @@ def tile_of_expert(ends, experts, tile, BLOCK_M: tl.constexpr, EXPERTS: tl.const
     past = tl.cumsum(tiles, 0) <= tile
     mine = expert == tl.sum(past.to(tl.int32), 0)
     first = tl.sum(tl.where(mine, start, 0), 0) + (tile - tl.sum(tl.where(past, tiles, 0), 0)) * BLOCK_M
-    return tl.sum(tl.where(mine, expert, 0), 0), first, tl.sum(tl.where(mine, end, 0), 0)
+    last = tl.sum(tl.where(mine, end, 0), 0)
+    return tl.sum(tl.where(mine, expert, 0), 0), tl.where(last > 0, first, 0), last
 
 
 @triton.jit(do_not_specialize=["m", "experts", "rank"])
@@ -313,6 +315,8 @@ def fused(
     experts = 0 if ends is None else ends.numel()
     tiles = (triton.cdiv(m, settings["BLOCK_M"]) + experts) * triton.cdiv(n, settings["BLOCK_N"])
     out = x.new_empty((m, n))
+    if not out.numel():
+        return out
     parts = out if split == 1 else x.new_empty((split, m, n), dtype=torch.float32)
     launch(
         _linear_4bit,
@@ -357,8 +361,8 @@ def add_parts(parts: Tensor, out: Tensor) -> Tensor:
 
 def rows_of(x: Tensor) -> Tensor:
     """x as a matrix, [rows, k], whose rows are contiguous; copied only if they are not."""
-    x = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty((x.numel(), 0))
-    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
+    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def settings_for(x: Tensor, weight: Weight, out_features: int) -> Config:
@@ -401,7 +405,7 @@ def linear_4bit(
     rows = rows_of(x)
     shape = (*x.shape[:-1], out_features)
     settings = settings_for(rows, weight, out_features)
-    if rows.shape[0] and out_features and settings:
+    if settings:
         return fused(rows, weight, out_features, bias, settings).view(shape)
     w = dequantize_4bit(*weight, (out_features, rows.shape[1]), x.dtype)
     return F.linear(rows, w, bias).view(shape)

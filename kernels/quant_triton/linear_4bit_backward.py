@@ -123,8 +123,11 @@ def _(arch: Architecture, *, m: int, n: int, k: int, chunk: int, dtype: torch.dt
     if arch.interpreted:
         tiles = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "SPLIT": 2 if n > 128 else 1}
         return tiles | {"num_warps": 4, "num_stages": 1}
-    if arch.capability < 80 or m > most_fused_rows(arch, dtype):
+    if m > most_fused_rows(arch, dtype):
         return {}  # decoded first
+    if arch.capability < 80:
+        tiles = {"BLOCK_M": m, "BLOCK_N": 32, "BLOCK_K": 64, "SPLIT": splits(triton.cdiv(k, 64), n // 32, arch)}
+        return tiles | {"num_warps": 4, "num_stages": 2}
     block_m = max(16, min(m, 128))
     tiles = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 128}
     split = splits(triton.cdiv(m, block_m) * triton.cdiv(k, 128), n // 64, arch)
@@ -175,6 +178,8 @@ def fused_dx(dy: Tensor, weight: Weight, in_features: int, settings: Config, *, 
     experts = 0 if ends is None else ends.numel()
     tiles = (triton.cdiv(m, settings["BLOCK_M"]) + experts) * triton.cdiv(k, settings["BLOCK_K"])
     out = dy.new_empty((m, k))
+    if not out.numel():
+        return out
     parts = out if split == 1 else dy.new_empty((split, m, k), dtype=torch.float32)
     launch(
         _linear_4bit_dx,
@@ -231,7 +236,7 @@ def linear_4bit_dx(
     rows = rows_of(dy)
     shape = (*dy.shape[:-1], in_features)
     settings = settings_for_dx(rows, weight, in_features)
-    if rows.numel() and in_features and settings:
+    if settings:
         return fused_dx(rows, weight, in_features, settings).view(shape)
     w = dequantize_4bit(*weight, (rows.shape[1], in_features), dy.dtype)
     return (rows @ w).view(shape)
