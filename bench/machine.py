@@ -157,6 +157,7 @@ def describe() -> dict:
         "gpu": _gpu(),
         "platform": platform.platform(),
         "python": platform.python_version(),
+        "backend": os.environ.get("QUANTLIB_BACKEND", "auto"),
         "versions": {package: found for package in PACKAGES if (found := version(package))},
     }
 
