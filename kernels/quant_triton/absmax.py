@@ -378,9 +378,9 @@ def _(arch, *, axis, length):
 
 
 @problem("int8_whole")
-def _(device, axis, length):
-    x = torch.randn((8192, length) if axis == 1 else (length, 8192), device=device, dtype=torch.bfloat16)
-    return lambda: quantize_int8(x, -axis, None, 0.0)
+def _(device, n, k, dtype):
+    x = torch.randn(n, k, device=device, dtype=dtype)
+    return lambda: quantize_int8(x, -1, None, 0.0)
 
 
 def _tile_of(matrix: _Matrix) -> dict:

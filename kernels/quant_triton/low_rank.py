@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import dropout_constants, kept, random_words
-from .launch import Architecture, architecture, bucket, config, default_config, dot, launch
+from .launch import architecture, bucket, config, dot, launch, problem
+from .low_rank_tiles import rank_key
 
 # ---------------------------------------------------------------------------------------------------
 # Kernels
@@ -209,74 +210,6 @@ def _add_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------
-# Configurations
-
-
-def rank_key(rank: int) -> int:
-    """The rank that a configuration is for."""
-    return max(16, triton.next_power_of_2(rank))
-
-
-def multiplies_slowly(arch: Architecture, dtype: torch.dtype) -> bool:
-    """Whether products are left to the ordinary cores, which hold their operands in registers: tiles must be small."""
-    return dtype == torch.float32 or (arch.kind == "cuda" and arch.capability < 80)
-
-
-def _stages(arch: Architecture, bytes_per_stage: int) -> int:
-    """A pipeline that leaves room for a second program on the same multiprocessor."""
-    return max(2, min(4, 1 + arch.shared_memory // (2 * bytes_per_stage)))
-
-
-@default_config("lora_project")
-def _(arch: Architecture, *, m: int, k: int, r: int, dtype: torch.dtype, drop: bool) -> dict:
-    if arch.interpreted:
-        return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": min(r, 32)}
-    if multiplies_slowly(arch, dtype):
-        return {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_R": min(r, 32), "num_warps": 4, "num_stages": 3}
-    rows, r = min(max(m, 16), 32 if drop or r > 32 else 64), min(r, 64 if arch.kind == "hip" else 128)
-    columns = 128 if r <= 32 else 64
-    stages = _stages(arch, dtype.itemsize * columns * (rows + 2 * r))
-    warps = 4 if r <= 64 else 8
-    return {"BLOCK_M": rows, "BLOCK_K": columns, "BLOCK_R": r, "num_warps": warps, "num_stages": stages}
-
-
-@default_config("lora_dy")
-def _(arch: Architecture, *, m: int, n: int, r: int, dtype: torch.dtype) -> dict:
-    if arch.interpreted:
-        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": min(r, 32)}
-    if multiplies_slowly(arch, dtype):
-        return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": min(r, 32), "num_warps": 4, "num_stages": 3}
-    # ds is written once for each block of columns: wide ones keep that small beside dy itself.
-    rows, r = 64 if r <= 16 else 32, min(r, 64 if arch.kind == "hip" else 128)
-    columns = {16: 256, 32: 256, 64: 128, 128: 64}[r]
-    warps = 4 if arch.kind == "hip" else 8
-    stages = _stages(arch, dtype.itemsize * rows * (columns + r))
-    return {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_R": r, "num_warps": warps, "num_stages": stages}
-
-
-@default_config("lora_da")
-def _(arch: Architecture, *, m: int, k: int, r: int, dtype: torch.dtype, drop: bool) -> dict:
-    if arch.interpreted:
-        return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": min(r, 32)}
-    if multiplies_slowly(arch, dtype):
-        return {"BLOCK_M": 16, "BLOCK_K": 64, "BLOCK_R": min(r, 32), "num_warps": 4, "num_stages": 3}
-    rows, r = 32 if drop or r > 64 else 64, min(r, 64 if arch.kind == "hip" else 128)
-    columns = 128 if r <= 64 else 64
-    stages = _stages(arch, dtype.itemsize * rows * (columns + r))
-    return {"BLOCK_M": rows, "BLOCK_K": columns, "BLOCK_R": r, "num_warps": 4, "num_stages": stages}
-
-
-@default_config("lora_add")
-def _(arch: Architecture, *, m: int, n: int, r: int, dtype: torch.dtype, drop: bool) -> dict:
-    if arch.interpreted:
-        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": min(r, 32)}
-    if multiplies_slowly(arch, dtype):
-        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
-    rows = min(max(m, 16), 32 if drop else 64)
-    return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_R": min(r, 64), "num_warps": 4, "num_stages": 2}
-
-
-# ---------------------------------------------------------------------------------------------------
 # Launchers
 
 
@@ -380,3 +313,33 @@ def add_product_(out: Tensor, left: Tensor, right: Tensor, scaling: float, seed:
     arguments = (out, left, right, seed, m, n, rank, right.stride(1), right.stride(0), threshold, scale * scaling)
     launch(_add_kernel, grid, *arguments, fp_fusion=True, **drop, **tile)
     return out
+
+
+# ---------------------------------------------------------------------------------------------------
+# For the tuner: rank 16, as it is most often, without dropout
+
+
+@problem("lora_project")
+def _(device, m, k, dtype):
+    x, a = torch.randn(m, k, device=device, dtype=dtype), torch.randn(16, k, device=device)
+    return lambda: project(x, a, None, 0.0)
+
+
+@problem("lora_dy")
+def _(device, m, n, dtype):
+    dy, s = (torch.randn(m, size, device=device, dtype=dtype) for size in (n, 16))
+    b = torch.randn(n, 16, device=device)
+    return lambda: gradients_dy(dy, s, b, 1.0, True, True)
+
+
+@problem("lora_da")
+def _(device, m, k, dtype):
+    x, ds = (torch.randn(m, size, device=device, dtype=dtype) for size in (k, 16))
+    return lambda: gradient_a(x, ds, None, 0.0, torch.float32)
+
+
+@problem("lora_add")
+def _(device, m, n, dtype):
+    out, left = (torch.randn(m, size, device=device, dtype=dtype) for size in (n, 16))
+    right = torch.randn(n, 16, device=device).t()
+    return lambda: add_product_(torch.zeros_like(out), left, right, 1.0, None, 0.0)

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .codes import block_scales
-from .launch import Architecture, config, default_config, dot, launch
-from .low_rank import load_rows, multiplies_slowly, rank_key
+from .codes import block_scales, codebook
+from .launch import config, dot, launch, problem
+from .low_rank import load_rows
+from .low_rank_tiles import rank_key
 
 SPAN = tl.constexpr(32)  # elements that share a scale, whatever the block size, where rows are multiples of it
 
@@ -70,16 +71,6 @@ def _merge_kernel(
     tl.store(place, merged, mask=(row < n)[:, None] & (column < k)[None, :])
 
 
-@default_config("lora_merge")
-def _(arch: Architecture, *, n: int, k: int, r: int, bits: int, dtype: torch.dtype) -> dict:
-    if arch.interpreted:
-        return {"BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_R": min(r, 32)}
-    if multiplies_slowly(arch, dtype):
-        return {"BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
-    warps = 4 if arch.kind == "hip" else 8
-    return {"BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_R": min(r, 64), "num_warps": warps, "num_stages": 2}
-
-
 def merge(
     values: Tensor,
     absmax: Tensor,
@@ -111,3 +102,10 @@ def merge(
     constants = {"BITS": bits, "SCALED": block_size, "DOUBLE_QUANT": double_quant}
     launch(_merge_kernel, grid, *arguments, fp_fusion=False, **constants, **tile)
     return out
+
+
+@problem("lora_merge")
+def _(device, n, k, dtype):
+    packed = torch.randint(256, (n * k // 2, 1), device=device, dtype=torch.uint8)
+    absmax, a, b = (torch.rand(shape, device=device) for shape in ((n * k // 64,), (16, k), (n, 16)))
+    return lambda: merge(packed, absmax, (None,) * 3, codebook("nf4", device), 64, a, b, 1.0, dtype)

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+import quant_triton  # noqa: F401 - registers what can be tuned
 from quant_triton import launch, tune
-from quant_triton.launch import TUNABLES, candidates, config, default_config, problem
+from quant_triton.launch import TUNABLES, candidates, config, default_config, forced, problem
 
 CPU = torch.device("cpu")
 
@@ -99,6 +100,21 @@ def test_the_command_names_what_it_cannot_tune(op, capsys):
 def test_the_command_tunes(op, tmp_path, capsys):
     assert tune.main([op, "--shapes", "64x32", "--rows", "1", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "interpreter.json")
+
+
+@pytest.mark.parametrize("name", sorted(name for name, op in TUNABLES.items() if op.problem))
+def test_the_tuner_can_time_every_op(name):
+    """Its problem runs it, with a key that its default and its candidates understand."""
+    keys = []
+    for run in tune.problems(name, CPU, [(64, 128)], [1, 32], torch.float16):
+        with forced(name) as seen:
+            run()
+        keys += seen.keys
+    assert keys
+    for key in keys:
+        for arch in launch.ARCHITECTURES.values():
+            assert isinstance(launch.default(name, arch, **key), dict)
+            assert all(isinstance(tile, dict) for tile in TUNABLES[name].candidates(arch, **key))
 
 
 def test_tuned_files_are_complete():
