@@ -39,7 +39,7 @@ def _dequantize(dtype: str, nested: bool) -> Variant:
         f"dequantize_4bit {'nested ' if nested else ''}{dtype}",
         nf4._dequantize_4bit,
         {**weight(nested), "codes": "*fp32", "out": f"*{dtype}", "n": "i64:16", "n_bytes": "i64:16"},
-        {"BLOCK_SIZE": 64, "DOUBLE_QUANT": nested, "TILE": nf4._TILE_BYTES, "TILES": nf4._TILES},
+        {"BLOCK_SIZE": 64, "DOUBLE_QUANT": nested, "TILE": nf4._TILE_BYTES},
         {"enable_fp_fusion": False},
         # Each thread stores what it decoded, and each product is rounded before it is added to.
         Expect(store=16, absent=("fma.rn.f32", *(() if dtype == "fp32" else ("st.shared",)))),

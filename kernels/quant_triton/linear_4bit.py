@@ -125,7 +125,7 @@ def _linear_4bit(
     first_chunk = 0
     if EXPERTS > 0:
         expert, first_m, end_m = tile_of_expert(ends, experts, first_m // BLOCK_M, BLOCK_M, EXPERTS)
-        packed += expert.to(tl.int64) * n * (k // 2)
+        packed += expert.to(tl.int64) * n * (k // 32) * 16
         first_chunk = expert * n * chunks
         bias += expert * n
         lora_b += expert.to(tl.int64) * n * rank

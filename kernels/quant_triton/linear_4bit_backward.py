@@ -63,8 +63,9 @@ def _linear_4bit_dx(
 ):
     DTYPE: tl.constexpr = codes.dtype.element_ty
     CHUNKS: tl.constexpr = BLOCK_K // CHUNK
+    WORDS: tl.constexpr = CHUNK // 8
     chunks = k // CHUNK
-    words_a_row = tl.multiple_of(k // 8, CHUNK // 8)
+    words_a_row = tl.multiple_of(k // 8, WORDS)
     tiles_m = tl.cdiv(m, BLOCK_M) + (experts if EXPERTS > 0 else 0)
     first_m = tl.program_id(0) % tiles_m * BLOCK_M
     first_k = tl.program_id(0) // tiles_m * BLOCK_K
@@ -73,7 +74,7 @@ def _linear_4bit_dx(
     first_chunk = first_k // CHUNK
     if EXPERTS > 0:
         expert, first_m, end_m = tile_of_expert(ends, experts, first_m // BLOCK_M, BLOCK_M, EXPERTS)
-        packed += expert.to(tl.int64) * n * (k // 2)
+        packed += expert.to(tl.int64) * n * (k // 32) * 16
         first_chunk += expert * n * chunks
     dy += first_m.to(tl.int64) * stride_dy
     words = packed.to(tl.pointer_type(tl.int32), bitcast=True)
@@ -82,9 +83,10 @@ def _linear_4bit_dx(
     row = tl.arange(0, BLOCK_M)
     existing_row = tl.maximum(tl.minimum(row, end_m - first_m - 1), 0)
     feature = tl.arange(0, BLOCK_N)
-    word = tl.minimum(first_k // 8 + tl.arange(0, BLOCK_K // 8), words_a_row - 1)
-    word = tl.max_contiguous(tl.multiple_of(word, CHUNK // 8), CHUNK // 8)
     chunk = tl.minimum(tl.arange(0, CHUNKS), chunks - 1 - first_k // CHUNK)
+    word = tl.arange(0, BLOCK_K // 8)
+    word = tl.minimum(first_k // CHUNK + word // WORDS, chunks - 1) * WORDS + word % WORDS
+    word = tl.max_contiguous(tl.multiple_of(word, WORDS), WORDS)
     at_dy = existing_row[None, :] * stride_dy + feature[:, None]
     acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
 

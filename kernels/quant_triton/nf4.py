@@ -21,7 +21,6 @@ from .launch import launch
 
 # Each of 128 threads loads 4 bytes and stores the 16 that they are in a 16-bit dtype, with no exchange between.
 _TILE_BYTES = 512
-_TILES = 2
 _QUANTIZED_AT_ONCE = 4096
 _EMBEDDED_AT_ONCE = 512
 
@@ -108,11 +107,12 @@ def _load_tile(
     BYTES: tl.constexpr,
 ):
     """ROWS * BYTES bytes from `start` on and the scale of each row, which lies in one block."""
-    first = start + tl.arange(0, ROWS) * BYTES
-    index = first[:, None] + tl.arange(0, BYTES)[None, :]
-    byte = tl.load(packed + index, mask=index < n_bytes, other=0)
-    block = first // (BLOCK_SIZE // 2)
-    scale = block_scales(absmax, nested_absmax, nested_codebook, offset, block, first < n_bytes, DOUBLE_QUANT)
+    row = tl.arange(0, ROWS) * BYTES
+    index = row[:, None] + tl.arange(0, BYTES)[None, :]
+    left = tl.minimum(n_bytes - start, ROWS * BYTES).to(tl.int32)
+    byte = tl.load(packed + start + index, mask=index < left, other=0)
+    block = (start + row) // (BLOCK_SIZE // 2)
+    scale = block_scales(absmax, nested_absmax, nested_codebook, offset, block, row < left, DOUBLE_QUANT)
     return byte, scale
 
 
@@ -120,9 +120,10 @@ def _load_tile(
 def _store_tile(codes, out, byte, scale, start, n, ROWS: tl.constexpr, BYTES: tl.constexpr):
     high = tl.load(codes + (byte >> 4)) * scale[:, None]
     low = tl.load(codes + (byte & 15)) * scale[:, None]
-    element = start * 2 + tl.arange(0, ROWS)[:, None] * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :]
+    index = tl.arange(0, ROWS)[:, None] * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :]
+    left = tl.minimum(n - start * 2, ROWS * BYTES * 2).to(tl.int32)
     value = tl.reshape(tl.join(high, low), (ROWS, 2 * BYTES)).to(out.dtype.element_ty)
-    tl.store(out + element, value, mask=element < n)
+    tl.store(out + start * 2 + index, value, mask=index < left)
 
 
 @triton.jit
@@ -139,13 +140,11 @@ def _dequantize_4bit(
     BLOCK_SIZE: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,
 ):
     BYTES: tl.constexpr = min(BLOCK_SIZE // 2, TILE)
     ROWS: tl.constexpr = TILE // BYTES
-    tl.static_assert(TILES == 2)
-    start = tl.program_id(0).to(tl.int64) * (TILE * TILES)
-    # Both are loaded before the first is stored: the compiler cannot move a load across a store.
+    start = tl.program_id(0).to(tl.int64) * (2 * TILE)
+    # Two tiles: both are loaded before the first is stored, since the compiler cannot move a load across a store.
     byte0, scale0 = _load_tile(
         packed, absmax, nested_absmax, nested_codebook, offset, start, n_bytes, BLOCK_SIZE, DOUBLE_QUANT, ROWS, BYTES
     )
@@ -189,7 +188,7 @@ def dequantize_4bit(
     n = math.prod(shape)
     launch(
         _dequantize_4bit,
-        (triton.cdiv(n, 2 * _TILE_BYTES * _TILES),),
+        (triton.cdiv(n, 4 * _TILE_BYTES),),
         packed,
         absmax,
         *(nested if double_quant else (absmax,) * 3),  # never followed
@@ -201,7 +200,6 @@ def dequantize_4bit(
         BLOCK_SIZE=block_size,
         DOUBLE_QUANT=double_quant,
         TILE=_TILE_BYTES,
-        TILES=_TILES,
     )
     return out
 
