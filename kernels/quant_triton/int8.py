@@ -12,11 +12,14 @@ tensor cores want them, brought there by TMA where the GPU has it. Few rows of x
 rather than 64, and K is split among programs: the last one to finish a tile sums the int32 parts, exact in any order.
 The number of outlier columns is read on the device. Rows were quantized before anyone knew these columns, so a product
 in int8 takes their part off the accumulator, which is then what the definition says to the bit; for many rows, another
-launch clears them instead, which leaves the registers to a larger tile.
+launch clears them instead, which leaves the registers to a larger tile. On Turing, for which Triton has no tensor-core
+products, the same integers are multiplied in float16, exact within a step.
 
 Backward: W is decoded in shared-memory tiles for few rows; for many, once into a workspace for torch's matmul.
 
-@@
+Compiled for sm_90: many rows wgmma.m64n128k32.s32.s8.s8 in tiles of 128 x 256, 242 registers, 192 KiB of shared memory,
+no spills. Triton waits for each step's wgmma, as it does unless sums are float32; steps of 128 columns keep that below
+a seventh. 16 rows: wgmma.m64n16k32, 56 registers, six stages. One row: dp4a, 0.5 instructions a weight.
 
 Compiled and interpreted, not yet run on a GPU.
 """
@@ -200,6 +203,17 @@ def _product(a, b, acc, WEIGHT_FIRST: tl.constexpr):
 
 
 @triton.jit
+def _integer_product(a, b, acc, INT8: tl.constexpr, WEIGHT_FIRST: tl.constexpr):
+    """_product of int8; without INT8 in float16, whose products sum up exactly for 1040 columns."""
+    if INT8:
+        acc = _product(a, b, acc, WEIGHT_FIRST)
+    else:
+        part = _product(a.to(tl.float16), b.to(tl.float16), tl.zeros(acc.shape, tl.float32), WEIGHT_FIRST)
+        acc += part.to(tl.int32)
+    return acc
+
+
+@triton.jit
 def _finish(
     acc,
     first_m,
@@ -219,6 +233,7 @@ def _finish(
     x_row,
     SPLIT: tl.constexpr,
     CLEARED: tl.constexpr,
+    INT8: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -233,7 +248,8 @@ def _finish(
                 i = start + tl.arange(0, _OUTLIERS_INT8)
                 column = tl.load(columns + i, mask=i < count, other=0)
                 taken = _columns(q, m, K, M, column, i < count)
-                acc = _product(-taken, _columns(w, n, K, N, column, i < count), acc, WEIGHT_FIRST)
+                weight = _columns(w, n, K, N, column, i < count)
+                acc = _integer_product(-taken, weight, acc, INT8, WEIGHT_FIRST)
     scale = tl.load(x_absmax + m, mask=m < M, other=0.0) * _STEP
     total = acc.to(tl.float32) * tl.expand_dims(scale, 0 if WEIGHT_FIRST else 1)
     if SPLIT:
@@ -269,6 +285,7 @@ def _product_kernel(
     TMA: tl.constexpr,
     SPLIT: tl.constexpr,
     CLEARED: tl.constexpr,
+    INT8: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -291,7 +308,7 @@ def _product_kernel(
     for start in range(part * share, tl.minimum((part + 1) * share, K), BLOCK_K):
         a = _tile(q_tiles, first_m, start, M, K, TMA, BLOCK_M, BLOCK_K)
         b = _tile(w_tiles, first_n, start, N, K, TMA, BLOCK_N, BLOCK_K)
-        acc = _product(a, b, acc, WEIGHT_FIRST)
+        acc = _integer_product(a, b, acc, INT8, WEIGHT_FIRST)
 
     if SPLIT_K == 1:
         last = True
@@ -327,6 +344,7 @@ def _product_kernel(
             x_row,
             SPLIT,
             CLEARED,
+            INT8,
             WEIGHT_FIRST,
             BLOCK_M,
             BLOCK_N,
@@ -398,25 +416,29 @@ def _tile_config(arch, m, n, k, block_m, block_n, block_k, warps):
     tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
     split = min(resident * arch.multiprocessors // tiles, k // (4 * block_k), 16)
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8, "SPLIT_K": max(split, 1)}
-    tma = arch.kind == "cuda" and arch.capability >= 90
-    launched = {"num_warps": warps, "num_stages": max(2, min(stages, 4 if resident == 1 else 6))}
-    return {**blocks, "WEIGHT_FIRST": block_m < 64, "TMA": tma, "CLEARED": m > 512, **launched}
+    hopper = arch.kind == "cuda" and arch.capability >= 90
+    way = {"WEIGHT_FIRST": block_m < 64, "TMA": hopper, "CLEARED": m > 512, "INT8": arch.capability != 75}
+    return {**blocks, **way, "num_warps": warps, "num_stages": max(2, min(stages, 4 if resident == 1 else 6))}
 
 
 @default_config("linear_int8")
 def _(arch, *, m, n, k, dtype):
+    hopper = arch.kind == "cuda" and arch.capability >= 90
+    small = arch.shared_memory <= 64 * 1024
     if arch.interpreted:
         tile = (16 if m <= 16 else 64, 32, 64, 1)
+    elif arch.capability == 75:
+        tile = (16 if m <= 16 else 32, 32, 32, 8)
     elif m <= 64:
-        tile = (max(m, 16), 64, 128, 4)
+        tile = (max(m, 16), 64, 64 if small else 128, 4)
     elif dtype == torch.float32:
         tile = (64, 64, 64, 8)
-    elif m <= 128 or arch.shared_memory <= 64 * 1024:
-        tile = (64 if arch.capability == 75 else 128, 64, 64 if arch.shared_memory <= 64 * 1024 else 128, 4)
-    elif m <= 512 or arch.shared_memory < 160 * 1024:
-        tile = (128, 128, 128 if arch.capability >= 90 and arch.kind == "cuda" else 64, 8)
+    elif m <= 128 or small:
+        tile = (128, 64, 64 if small else 128, 8)
+    elif m <= 512 or arch.capability != 90:  # mma.sync's accumulators leave no registers for larger tiles
+        tile = (128, 128, 128 if hopper else 64, 8)
     else:
-        tile = (128, 256, 128 if arch.capability >= 90 and arch.kind == "cuda" else 64, 8)
+        tile = (128, 256, 128, 8)
     return _tile_config(arch, m, n, k, *tile)
 
 
@@ -433,11 +455,14 @@ def _(arch, *, m, n, k, dtype):
 def _(arch, *, m, n, k, dtype):
     if arch.interpreted:
         return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 1, "num_stages": 1}
-    plain = dtype == torch.float32  # multiplied by ordinary instructions
+    plain = dtype == torch.float32 or arch.capability == 75  # multiplied by ordinary instructions
     blocks = {"BLOCK_M": min(max(m, 16), 64), "BLOCK_N": 32 if plain else 64, "BLOCK_K": 32 if m <= 16 else 64}
-    if m > 64 and not plain:
+    if arch.capability == 75:
+        blocks = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64}
+    elif m > 64 and not plain:
         blocks = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 128}
-    return {**blocks, "num_warps": 8 if m > 64 else 4, "num_stages": 2 if arch.shared_memory <= 65536 else 3}
+    warps = 8 if m > 64 and arch.capability != 75 else 4
+    return {**blocks, "num_warps": warps, "num_stages": 2 if arch.shared_memory <= 64 * 1024 else 3}
 
 
 @candidates("linear_int8_dx")
