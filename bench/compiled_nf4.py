@@ -4,7 +4,7 @@ import torch
 
 from bench.compiled import Expect, Variant
 from quant_triton import nf4
-from quant_triton.codes import lookup_ptx
+from quant_triton.codes import lookup_ptx, scaled_lookup_ptx
 from quant_triton.launch import ARCHITECTURES, Architecture, default
 from quant_triton.linear_4bit import _linear_4bit, chunk_size
 from quant_triton.linear_4bit_backward import _linear_4bit_dx
@@ -35,14 +35,18 @@ def _quantize(dtype: str) -> Variant:
 
 
 def _dequantize(dtype: str, nested: bool) -> Variant:
+    def constants(arch: Architecture) -> dict:
+        lookup = _scaled_lookup(arch, dtype)
+        return {"BLOCK_SIZE": 64, "DOUBLE_QUANT": nested, "LOOKUP": lookup, "TILE": nf4._DECODED_AT_ONCE}
+
     return Variant(
         f"dequantize_4bit {'nested ' if nested else ''}{dtype}",
         nf4._dequantize_4bit,
         {**weight(nested), "codes": "*fp32", "out": f"*{dtype}", "n": "i64:16", "n_bytes": "i64:16"},
-        {"BLOCK_SIZE": 64, "DOUBLE_QUANT": nested, "TILE": nf4._TILE_BYTES},
+        constants,
         {"enable_fp_fusion": False},
-        # Each thread stores what it decoded, and each product is rounded before it is added to.
-        Expect(store=16, absent=("fma.rn.f32", *(() if dtype == "fp32" else ("st.shared",)))),
+        # Each product is rounded before it is added to.
+        Expect(load=16, store=16, absent=("fma.rn.f32",)),
     )
 
 
@@ -59,6 +63,11 @@ def _embedding(dtype: str, nested: bool) -> Variant:
 
 def _lookup(arch: Architecture, dtype: str) -> str:
     return lookup_ptx("nf4", TORCH[dtype]) if arch.kind == "cuda" and dtype != "fp32" else ""
+
+
+def _scaled_lookup(arch: Architecture, dtype: str) -> str:
+    in_registers = arch.kind == "cuda" and arch.capability >= 80 and dtype != "fp32"
+    return scaled_lookup_ptx("nf4", TORCH[dtype]) if in_registers else ""
 
 
 def _linear(m: int, dtype: str, nested: bool = False, block_size: int = 64, rank: int = 0, experts: int = 0) -> Variant:
@@ -94,15 +103,24 @@ def _linear_dx(m: int, dtype: str, nested: bool = False, block_size: int = 64, e
     def constants(arch: Architecture) -> dict:
         settings = default("linear_4bit_dx", arch, m=m, n=4096, k=4096, chunk=chunk, dtype=TORCH[dtype])
         shape = {"CHUNK": chunk, "CHUNKS_PER_BLOCK": block_size // chunk, "EVEN": True}
-        return {"DOUBLE_QUANT": nested, "LOOKUP": _lookup(arch, dtype), "EXPERTS": experts} | shape | settings
+        extras = {"DOUBLE_QUANT": nested, "LOOKUP": _scaled_lookup(arch, dtype), "EXPERTS": experts}
+        return extras | shape | settings
 
     name = f"linear_4bit_dx m={m} {dtype}" + " nested" * nested + f" block={block_size}" * (block_size != 64)
     return Variant(
         name + " experts" * bool(experts),
         _linear_4bit_dx,
         weight(nested)
-        | dict.fromkeys(("dy", "codes", "out"), f"*{dtype}")
-        | {"ends": "*i32", "m": "i32", "n": "i32:16", "k": "i32:16", "stride_dy": "i32:16", "experts": "i32"},
+        | dict.fromkeys(("dy", "out"), f"*{dtype}")
+        | {
+            "codes": "*fp32",
+            "ends": "*i32",
+            "m": "i32",
+            "n": "i32:16",
+            "k": "i32:16",
+            "stride_dy": "i32:16",
+            "experts": "i32",
+        },
         constants,
         {"enable_fp_fusion": True},
         Expect(tensor={"sm_90": f"wgmma.m64n{m}k16.* A in registers"} if dtype != "fp32" else {}, load=16),

@@ -1,10 +1,10 @@
 """The gradient dY W with a 4-bit W (QLoRA, arXiv:2305.14314), in the ways of `linear_4bit`.
 
-Here the sum runs over the rows of W, whose scales differ, so each weight is scaled as it is decoded, in float32, and
-rounded to dY's dtype. Its 16-bit code was rounded before: together 1.3 times the error of a weight rounded once. A tile
-of W is turned on its way through shared memory (16-byte stores, transposing `ldmatrix`) into the operand that wgmma
-takes from registers; the other is a tile of dY^T. Rows of dY are the product's narrow side, so that few of them still
-make a full instruction. Tiles are split along the sum where they are few.
+Here the sum runs over the rows of W, whose scales differ, so each weight is scaled as it is decoded. A thread holds 32
+neighbours of a row, which share a scale: it multiplies the codebook, not them, and looks up what it rounded once. A
+tile of W is turned on its way through shared memory (16-byte stores, transposing `ldmatrix`) into the operand that
+wgmma takes from registers; the other is a tile of dY^T. Rows of dY are the product's narrow side, so that few of them
+still make a full instruction. Tiles are split along the sum where they are few.
 
 Compiled and interpreted, not yet run on a GPU.
 """
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .codes import block_scales, byte_lookup, check_weight, codebook, decode
+from .codes import block_scales, check_weight, codebook, decode_scaled, scaled_lookup
 from .launch import Architecture, Config, bucket, candidates, config, default, default_config, dot, launch, problem
 from .linear_4bit import (
     Weight,
@@ -61,11 +61,11 @@ def _linear_4bit_dx(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = codes.dtype.element_ty
+    DTYPE: tl.constexpr = dy.dtype.element_ty
     CHUNKS: tl.constexpr = BLOCK_K // CHUNK
-    WORDS: tl.constexpr = CHUNK // 8
+    BYTES: tl.constexpr = CHUNK // 2
     chunks = k // CHUNK
-    words_a_row = tl.multiple_of(k // 8, WORDS)
+    bytes_a_row = tl.multiple_of(k // 2, BYTES)
     tiles_m = tl.cdiv(m, BLOCK_M) + (experts if EXPERTS > 0 else 0)
     first_m = tl.program_id(0) % tiles_m * BLOCK_M
     first_k = tl.program_id(0) // tiles_m * BLOCK_K
@@ -77,16 +77,15 @@ def _linear_4bit_dx(
         packed += expert.to(tl.int64) * n * (k // 32) * 16
         first_chunk += expert * n * chunks
     dy += first_m.to(tl.int64) * stride_dy
-    words = packed.to(tl.pointer_type(tl.int32), bitcast=True)
 
     # Rows and columns beyond the last are read from it, and not stored.
     row = tl.arange(0, BLOCK_M)
     existing_row = tl.maximum(tl.minimum(row, end_m - first_m - 1), 0)
     feature = tl.arange(0, BLOCK_N)
     chunk = tl.minimum(tl.arange(0, CHUNKS), chunks - 1 - first_k // CHUNK)
-    word = tl.arange(0, BLOCK_K // 8)
-    word = tl.minimum(first_k // CHUNK + word // WORDS, chunks - 1) * WORDS + word % WORDS
-    word = tl.max_contiguous(tl.multiple_of(word, WORDS), WORDS)
+    byte = tl.arange(0, BLOCK_K // 2)
+    byte = tl.minimum(first_k // CHUNK + byte // BYTES, chunks - 1) * BYTES + byte % BYTES
+    byte = tl.max_contiguous(tl.multiple_of(byte, BYTES), BYTES)
     at_dy = existing_row[None, :] * stride_dy + feature[:, None]
     acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
 
@@ -102,12 +101,13 @@ def _linear_4bit_dx(
             existing = tl.minimum(first + feature, n - 1)
             exists = first + feature < n
             g = tl.load(dy + first + at_dy, mask=exists[:, None], other=0.0)
-        w = tl.load(words + existing[:, None] * words_a_row + word[None, :])
+        w = tl.load(packed + existing[:, None] * bytes_a_row + byte[None, :])
         block = (first_chunk + existing[:, None] * chunks + chunk[None, :]) // CHUNKS_PER_BLOCK
         mask = exists[:, None] & (block >= 0)
         scale = block_scales(absmax, nested_absmax, nested_codebook, offset, block, mask, DOUBLE_QUANT)
-        v = tl.reshape(decode(w, codes, DTYPE, LOOKUP), (BLOCK_N, CHUNKS, CHUNK)).to(tl.float32)
-        v = tl.reshape((v * scale[:, :, None]).to(DTYPE), (BLOCK_N, BLOCK_K))
+        scale = tl.broadcast_to(scale[:, :, None], (BLOCK_N, CHUNKS, BYTES))
+        v = decode_scaled(w, tl.reshape(scale, (BLOCK_N, CHUNKS * BYTES)), codes, DTYPE, LOOKUP)
+        v = tl.reshape(v, (BLOCK_N, BLOCK_K))
         acc = dot(tl.trans(v), g, acc)
 
     column = first_k + tl.arange(0, BLOCK_K)
@@ -190,7 +190,7 @@ def fused_dx(dy: Tensor, weight: Weight, in_features: int, settings: Config, *, 
         packed,
         absmax,
         *(absmax if part is None else part for part in nested),  # never followed
-        codebook(quant_type, dy.device, dy.dtype),
+        codebook(quant_type, dy.device),
         dy if ends is None else ends,
         parts,
         m,
@@ -200,7 +200,7 @@ def fused_dx(dy: Tensor, weight: Weight, in_features: int, settings: Config, *, 
         experts,
         fp_fusion=True,
         DOUBLE_QUANT=nested[0] is not None,
-        LOOKUP=byte_lookup(quant_type, dy.device, dy.dtype),
+        LOOKUP=scaled_lookup(quant_type, dy.device, dy.dtype),
         EXPERTS=triton.next_power_of_2(experts) if experts else 0,
         CHUNK=chunk,
         CHUNKS_PER_BLOCK=block_size // chunk,

@@ -16,11 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .codes import block_scales, check_format, check_weight, codebook, sorted_codes, thresholds
+from .codes import (
+    block_scales,
+    check_format,
+    check_weight,
+    codebook,
+    decode_scaled,
+    scaled_lookup,
+    sorted_codes,
+    thresholds,
+)
 from .launch import launch
 
-# Each of 128 threads loads 4 bytes and stores the 16 that they are in a 16-bit dtype, with no exchange between.
-_TILE_BYTES = 512
+_DECODED_AT_ONCE = 2048  # bytes: 16 for each of 128 threads
 _QUANTIZED_AT_ONCE = 4096
 _EMBEDDED_AT_ONCE = 512
 
@@ -93,40 +101,6 @@ def quantize_4bit(x: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, 
 
 
 @triton.jit
-def _load_tile(
-    packed,
-    absmax,
-    nested_absmax,
-    nested_codebook,
-    offset,
-    start,
-    n_bytes,
-    BLOCK_SIZE: tl.constexpr,
-    DOUBLE_QUANT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BYTES: tl.constexpr,
-):
-    """ROWS * BYTES bytes from `start` on and the scale of each row, which lies in one block."""
-    row = tl.arange(0, ROWS) * BYTES
-    index = row[:, None] + tl.arange(0, BYTES)[None, :]
-    left = tl.minimum(n_bytes - start, ROWS * BYTES).to(tl.int32)
-    byte = tl.load(packed + start + index, mask=index < left, other=0)
-    block = (start + row) // (BLOCK_SIZE // 2)
-    scale = block_scales(absmax, nested_absmax, nested_codebook, offset, block, row < left, DOUBLE_QUANT)
-    return byte, scale
-
-
-@triton.jit
-def _store_tile(codes, out, byte, scale, start, n, ROWS: tl.constexpr, BYTES: tl.constexpr):
-    high = tl.load(codes + (byte >> 4)) * scale[:, None]
-    low = tl.load(codes + (byte & 15)) * scale[:, None]
-    index = tl.arange(0, ROWS)[:, None] * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :]
-    left = tl.minimum(n - start * 2, ROWS * BYTES * 2).to(tl.int32)
-    value = tl.reshape(tl.join(high, low), (ROWS, 2 * BYTES)).to(out.dtype.element_ty)
-    tl.store(out + start * 2 + index, value, mask=index < left)
-
-
-@triton.jit
 def _dequantize_4bit(
     packed,
     absmax,
@@ -139,21 +113,23 @@ def _dequantize_4bit(
     n_bytes,
     BLOCK_SIZE: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
+    LOOKUP: tl.constexpr,
     TILE: tl.constexpr,
 ):
+    # Each row lies in one block.
     BYTES: tl.constexpr = min(BLOCK_SIZE // 2, TILE)
     ROWS: tl.constexpr = TILE // BYTES
-    start = tl.program_id(0).to(tl.int64) * (2 * TILE)
-    # Two tiles: both are loaded before the first is stored, since the compiler cannot move a load across a store.
-    byte0, scale0 = _load_tile(
-        packed, absmax, nested_absmax, nested_codebook, offset, start, n_bytes, BLOCK_SIZE, DOUBLE_QUANT, ROWS, BYTES
-    )
-    second = start + TILE
-    byte1, scale1 = _load_tile(
-        packed, absmax, nested_absmax, nested_codebook, offset, second, n_bytes, BLOCK_SIZE, DOUBLE_QUANT, ROWS, BYTES
-    )
-    _store_tile(codes, out, byte0, scale0, start, n, ROWS, BYTES)
-    _store_tile(codes, out, byte1, scale1, second, n, ROWS, BYTES)
+    start = tl.program_id(0).to(tl.int64) * TILE
+    row = tl.arange(0, ROWS) * BYTES
+    index = row[:, None] + tl.arange(0, BYTES)[None, :]
+    left = tl.minimum(n_bytes - start, TILE).to(tl.int32)
+    byte = tl.load(packed + start + index, mask=index < left, other=0)
+    block = (start + row) // (BLOCK_SIZE // 2)
+    scale = block_scales(absmax, nested_absmax, nested_codebook, offset, block, row < left, DOUBLE_QUANT)
+    value = decode_scaled(byte, scale[:, None], codes, out.dtype.element_ty, LOOKUP)
+    element = tl.arange(0, ROWS)[:, None] * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :]
+    left = tl.minimum(n - start * 2, TILE * 2).to(tl.int32)
+    tl.store(out + start * 2 + element, tl.reshape(value, (ROWS, 2 * BYTES)), mask=element < left)
 
 
 def dequantize_4bit(
@@ -188,7 +164,7 @@ def dequantize_4bit(
     n = math.prod(shape)
     launch(
         _dequantize_4bit,
-        (triton.cdiv(n, 4 * _TILE_BYTES),),
+        (triton.cdiv(n, 2 * _DECODED_AT_ONCE),),
         packed,
         absmax,
         *(nested if double_quant else (absmax,) * 3),  # never followed
@@ -199,7 +175,8 @@ def dequantize_4bit(
         fp_fusion=False,  # the format rounds nested_codebook * nested_absmax before it adds the offset
         BLOCK_SIZE=block_size,
         DOUBLE_QUANT=double_quant,
-        TILE=_TILE_BYTES,
+        LOOKUP=scaled_lookup(quant_type, packed.device, dtype),
+        TILE=_DECODED_AT_ONCE,
     )
     return out
 
