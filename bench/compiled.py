@@ -12,6 +12,7 @@ import argparse
 import functools
 import importlib
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
@@ -137,6 +138,15 @@ def sass(compiled: Any) -> str:
     return _disassemble("nvdisasm", compiled.asm["cubin"], "-c", "-novliw")
 
 
+def _text_size(elf: bytes) -> int:
+    """Bytes of the sections of code of a 64-bit ELF file. Disassembling takes as long as compiling."""
+    (start,) = struct.unpack_from("<Q", elf, 0x28)
+    size, count, names = struct.unpack_from("<HHH", elf, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", elf, start + i * size) for i in range(count)]
+    strings = sections[names][4]
+    return sum(length for name, _, _, _, _, length in sections if elf.startswith(b".text", strings + name))
+
+
 def _widest(text: str, pattern: str) -> int:
     return max((int(count or 1) * int(bits) // 8 for count, bits in re.findall(pattern, text)), default=0)
 
@@ -163,7 +173,7 @@ def _facts_cuda(compiled: Any, ptx: str) -> Facts:
         tensor=_tensor_ptx(ptx),
         load=max([_widest(ptx, r"ld\.global[\w:.]*?(?:\.v(\d))?\.[bfsu](\d+)"), *copies]),
         store=_widest(ptx, r"st\.global[\w:.]*?(?:\.v(\d))?\.[bfsu](\d+)"),
-        instructions=len(re.findall(r"/\*[0-9a-f]{4,}\*/\s", sass(compiled))),
+        instructions=_text_size(compiled.asm["cubin"]) // 16,  # bytes of one, from sm_70 on
         assembly=ptx,
     )
 

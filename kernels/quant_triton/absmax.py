@@ -387,11 +387,11 @@ def _(arch, *, axis, length, norm):
 
 
 @problem("int8_whole")
-def _(device, axis, length, norm):
-    x = torch.randn((8192, length) if axis == 1 else (length, 8192), device=device, dtype=torch.bfloat16)
-    if norm:
-        return lambda: rms_norm_quantize_int8(x, x[0], 1e-6, 6.0)
-    return lambda: quantize_int8(x, -axis, None, 6.0 * axis)
+def _(device, n, k, dtype):
+    x = torch.randn(n, k, device=device, dtype=dtype)
+    yield lambda: quantize_int8(x, -1, None, 6.0)
+    yield lambda: quantize_int8(x, 0, None, 0.0)
+    yield lambda: rms_norm_quantize_int8(x, x[0], 1e-6, 6.0)
 
 
 def _tile_of(matrix: _Matrix) -> dict:

@@ -11,7 +11,7 @@ registers under a name of its choice:
     def _(arch, *, m, n, k): ...                 # an iterable of such dicts
 
     @problem("linear_4bit_matvec")               # what the tuner times: the public function, inputs made once
-    def _(device, m, n, k, dtype): ...           # it may ask for any of these, and returns lambda: linear_4bit(...)
+    def _(device, m, n, k, dtype): ...           # asks for what it needs, gives (or yields) lambda: linear_4bit(...)
 
 and its launcher asks `config("linear_4bit_matvec", x.device, m=bucket(m), n=n, k=k)`, with everything in the key that
 the best configuration depends on. Rows go in as `bucket(m)`, and the kernel's own argument for them is named in

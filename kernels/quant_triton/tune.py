@@ -8,7 +8,6 @@ what the default computes. The fastest go to `tuned/<gpu>.json` with their times
 from __future__ import annotations
 
 import argparse
-import functools
 import inspect
 import itertools
 import json
@@ -92,7 +91,8 @@ def problems(
         sizes = {name: value for name, value in {"m": m, "n": n, "k": k, "dtype": dtype}.items() if name in asked}
         if tuple(sizes.values()) not in done:
             done.add(tuple(sizes.values()))
-            yield functools.partial(build, device, **sizes)()
+            built = build(device, **sizes)
+            yield from built if inspect.isgenerator(built) else (built,)
 
 
 def write(path: Path, results: dict[str, dict[str, dict]], gpu: str) -> None:
