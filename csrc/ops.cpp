@@ -154,18 +154,71 @@ OptionalTensor bias_for(const OptionalTensor& bias, const Tensor& x, int64_t n, 
 
 const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
+Tensor dropout_op(const Tensor& x_, const Tensor& seed, double p) {
+  const DType dtype = dtype_of(x_, "dropout");
+  STD_TORCH_CHECK(p >= 0 && p < 1, "dropout: p is ", p, ", must be in [0, 1)");
+  const Tensor key = input(seed, ScalarType::Long, 1, "dropout", "seed");
+  const Tensor x = dense(x_);
+  Tensor out = empty(x, Sizes(x.sizes().begin(), x.sizes().end()), x.scalar_type());
+  dropout(dtype, x.const_data_ptr(), x.numel(), uint64_t(*key.const_data_ptr<int64_t>()), p, out.mutable_data_ptr());
+  return out;
+}
+
+// The LoRA branch of a linear op, with s = dropout(x) a^T computed.
+struct LoraBranch {
+  Tensor s, b;
+  Branch view;
+
+  LoraBranch(const Tensor& x, int64_t out_features, const Tensor& a_, const Tensor& b_, double scaling,
+             const OptionalTensor& seed, double p, const char* op)
+      : s(x), b(dense(b_)), view{} {
+    STD_TORCH_CHECK(a_.dim() == 2 && b_.dim() == 2 && x.dim() > 0, op, ": a and b must be matrices");
+    const int64_t rank = a_.size(0), k = x.size(x.dim() - 1), m = rows_of(x);
+    STD_TORCH_CHECK(rank > 0 && a_.size(1) == k, op, ": a must be [rank, ", k, "]");
+    STD_TORCH_CHECK(b.size(0) == out_features && b.size(1) == rank, op, ": b must be [", out_features, ", ", rank, "]");
+    const Tensor a = dense(a_);
+    const Tensor dropped = seed ? dropout_op(x, *seed, p) : x;
+    s = torch::stable::new_empty(x, with_last(x, rank), ScalarType::Float);
+    float* const data = s.mutable_data_ptr<float>();
+    lora_s(dtype_of(x, op), dropped.const_data_ptr(), m, k, dtype_of(a, op), a.const_data_ptr(), rank, data);
+    view = {rank, data, dtype_of(b, op), b.const_data_ptr(), float(scaling)};
+  }
+  Tensor kept(const Tensor& x, bool keep) const {
+    return keep ? torch::stable::to(s, x.scalar_type()) : torch::stable::new_empty(x, {0});
+  }
+};
+
+Tensor linear_4bit_of(const char* op, const Tensor& x, const Weight4bit& w, int64_t out_features,
+                      const OptionalTensor& bias_, const Branch& branch) {
+  const int64_t m = rows_of(x), k = x.size(x.dim() - 1);
+  Tensor y = empty(x, with_last(x, out_features), x.scalar_type());
+  const OptionalTensor bias = bias_for(bias_, x, out_features, op);
+  linear_4bit(
+      {dtype_of(x, op), x.const_data_ptr(), w, data_or_null(bias), m, out_features, k, y.mutable_data_ptr(), branch});
+  return y;
+}
+
 Tensor linear_4bit_op(const Tensor& x_, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
                       OptionalTensor nested_codebook, OptionalTensor offset, std::string quant_type, int64_t block_size,
-                      int64_t out_features, OptionalTensor bias_) {
-  const DType dtype = dtype_of(x_, "linear_4bit");
-  Tensor y = empty(x_, with_last(x_, out_features), x_.scalar_type());
-  const int64_t m = rows_of(x_), k = x_.size(x_.dim() - 1);
-  const Weight w(packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size, out_features * k,
-                 "linear_4bit");
-  const OptionalTensor bias = bias_for(bias_, x_, out_features, "linear_4bit");
+                      int64_t out_features, OptionalTensor bias) {
+  STD_TORCH_CHECK(x_.dim() > 0, "linear_4bit: x needs at least one dimension");
   const Tensor x = dense(x_);
-  linear_4bit({dtype, x.const_data_ptr(), w.view, data_or_null(bias), m, out_features, k, y.mutable_data_ptr()});
-  return y;
+  const Weight w(packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size,
+                 out_features * x.size(x.dim() - 1), "linear_4bit");
+  return linear_4bit_of("linear_4bit", x, w.view, out_features, bias, {});
+}
+
+std::tuple<Tensor, Tensor> lora_linear_4bit_op(const Tensor& x_, const Tensor& packed, const Tensor& absmax,
+                                               OptionalTensor nested_absmax, OptionalTensor nested_codebook,
+                                               OptionalTensor offset, std::string quant_type, int64_t block_size,
+                                               OptionalTensor bias, const Tensor& a, const Tensor& b, double scaling,
+                                               OptionalTensor seed, double p, bool keep_s) {
+  const Tensor x = dense(x_);
+  const LoraBranch branch(x, b.size(0), a, b, scaling, seed, p, "lora_linear_4bit");
+  const Weight w(packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size,
+                 b.size(0) * x.size(x.dim() - 1), "lora_linear_4bit");
+  const Tensor y = linear_4bit_of("lora_linear_4bit", x, w.view, b.size(0), bias, branch.view);
+  return {y, branch.kept(x, keep_s)};
 }
 
 Tensor linear_4bit_dx_op(const Tensor& dy_, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
@@ -252,22 +305,35 @@ Tensor dequantize_int8_op(const Tensor& values_, const Tensor& absmax_, std::opt
   return out;
 }
 
-Tensor linear_int8_op(const Tensor& x_, const Tensor& values_, const Tensor& absmax_, OptionalTensor bias_,
-                      double threshold) {
-  const DType dtype = dtype_of(x_, "linear_int8");
-  STD_TORCH_CHECK(values_.dim() == 2, "linear_int8: values must be [out_features, in_features]");
+Tensor linear_int8_of(const char* op, const Tensor& x, const Tensor& values_, const Tensor& absmax_,
+                      const OptionalTensor& bias_, double threshold, const Branch& branch) {
+  const DType dtype = dtype_of(x, op);
+  STD_TORCH_CHECK(values_.dim() == 2, op, ": values must be [out_features, in_features]");
   const int64_t n = values_.size(0), k = values_.size(1);
-  Tensor y = empty(x_, with_last(x_, n), x_.scalar_type());
-  STD_TORCH_CHECK(x_.size(x_.dim() - 1) == k, "linear_int8: x has ", x_.size(x_.dim() - 1), " features, values has ",
-                  k);
-  STD_TORCH_CHECK(k <= kMaxInt8K, "linear_int8: in_features is ", k, "; int32 sums are exact up to ", kMaxInt8K);
-  const Tensor values = input(values_, ScalarType::Char, 0, "linear_int8", "values");
-  const Tensor absmax = input(absmax_, ScalarType::Float, n, "linear_int8", "absmax");
-  const OptionalTensor bias = bias_for(bias_, x_, n, "linear_int8");
-  const Tensor x = dense(x_);
+  Tensor y = empty(x, with_last(x, n), x.scalar_type());
+  STD_TORCH_CHECK(x.size(x.dim() - 1) == k, op, ": x has ", x.size(x.dim() - 1), " features, values has ", k);
+  STD_TORCH_CHECK(k <= kMaxInt8K, op, ": in_features is ", k, "; int32 sums are exact up to ", kMaxInt8K);
+  const Tensor values = input(values_, ScalarType::Char, 0, op, "values");
+  const Tensor absmax = input(absmax_, ScalarType::Float, n, op, "absmax");
+  const OptionalTensor bias = bias_for(bias_, x, n, op);
   linear_int8({dtype, x.const_data_ptr(), values.const_data_ptr<int8_t>(), absmax.const_data_ptr<float>(),
-               data_or_null(bias), float(threshold), rows_of(x), n, k, y.mutable_data_ptr()});
+               data_or_null(bias), float(threshold), rows_of(x), n, k, y.mutable_data_ptr(), branch});
   return y;
+}
+
+Tensor linear_int8_op(const Tensor& x, const Tensor& values, const Tensor& absmax, OptionalTensor bias,
+                      double threshold) {
+  return linear_int8_of("linear_int8", dense(x), values, absmax, bias, threshold, {});
+}
+
+std::tuple<Tensor, Tensor> lora_linear_int8_op(const Tensor& x_, const Tensor& values, const Tensor& absmax,
+                                               OptionalTensor bias, double threshold, const Tensor& a, const Tensor& b,
+                                               double scaling, OptionalTensor seed, double p, bool keep_s) {
+  const Tensor x = dense(x_);
+  STD_TORCH_CHECK(values.dim() == 2, "lora_linear_int8: values must be [out_features, in_features]");
+  const LoraBranch branch(x, values.size(0), a, b, scaling, seed, p, "lora_linear_int8");
+  const Tensor y = linear_int8_of("lora_linear_int8", x, values, absmax, bias, threshold, branch.view);
+  return {y, branch.kept(x, keep_s)};
 }
 
 Tensor linear_int8_dx_op(const Tensor& dy_, const Tensor& values_, const Tensor& absmax_) {
@@ -285,16 +351,6 @@ Tensor linear_int8_dx_op(const Tensor& dy_, const Tensor& values_, const Tensor&
   return dx;
 }
 
-Tensor dropout_op(const Tensor& x_, const Tensor& seed, double p) {
-  const DType dtype = dtype_of(x_, "dropout");
-  STD_TORCH_CHECK(p >= 0 && p < 1, "dropout: p is ", p, ", must be in [0, 1)");
-  const Tensor key = input(seed, ScalarType::Long, 1, "dropout", "seed");
-  const Tensor x = dense(x_);
-  Tensor out = empty(x, Sizes(x.sizes().begin(), x.sizes().end()), x.scalar_type());
-  dropout(dtype, x.const_data_ptr(), x.numel(), uint64_t(*key.const_data_ptr<int64_t>()), p, out.mutable_data_ptr());
-  return out;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(quantlib, CPU, m) {
@@ -308,6 +364,8 @@ STABLE_TORCH_LIBRARY_IMPL(quantlib, CPU, m) {
   m.impl("linear_int8", TORCH_BOX(&linear_int8_op));
   m.impl("linear_int8_dx", TORCH_BOX(&linear_int8_dx_op));
   m.impl("dropout", TORCH_BOX(&dropout_op));
+  m.impl("lora_linear_4bit", TORCH_BOX(&lora_linear_4bit_op));
+  m.impl("lora_linear_int8", TORCH_BOX(&lora_linear_int8_op));
 }
 
 // The Python module: which instruction sets this CPU has, best first, and which one is in force.

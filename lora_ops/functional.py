@@ -4,9 +4,9 @@ Notation, as in `lora_ops.reference`: S = drop(x) A^T, of shape [rows, rank]; y 
 
 The branch is under 1% of the arithmetic; its cost is passes over x, y and dY, casts, copies and saved tensors.
 Where the backend has kernels for the whole (`quantlib.ops.COMPOSED`), one registered op does the forward pass and one
-the backward pass, with S, rank numbers a row, saved in between. Elsewhere both are composed here: the branch is added
-into the base product in place, dropout and S are recomputed in the backward pass from the seed, nothing is cast to
-float32, and the scaling is applied inside the GEMMs, where it costs no rounding.
+the backward pass, with S, rank numbers a row, saved in between if both are there. Elsewhere they are composed here: the
+branch is added into the base product in place, dropout and S are recomputed in the backward pass from the seed, nothing
+is cast to float32, and the scaling is applied inside the GEMMs, where it costs no rounding.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ class _LoraLinear(torch.autograd.Function):
         else:
             weight = _weight(tensors, rest)
             of_base = (bias,) if len(tensors) == 5 else (bias, threshold)
-            y, S = whole(x, *weight, *of_base, A, B, scaling, seed, dropout_p, any(ctx.needs_input_grad))
+            keep = any(ctx.needs_input_grad) and _whole(x, tensors, "_backward") is not None
+            y, S = whole(x, *weight, *of_base, A, B, scaling, seed, dropout_p, keep)
+            S = S if keep else None
         ctx.save_for_backward(x, A, B, seed, S, *tensors)
         return y
 

@@ -83,6 +83,17 @@ void dequantize_4bit(const Weight4bit& w, int64_t n, DType dtype, void* out);
 // out[i] = row indices[i] of the weight, which has `dim` columns.
 void embedding_4bit(const Weight4bit& w, const int64_t* indices, int64_t count, int64_t dim, DType dtype, void* out);
 
+// The end of a LoRA branch: y[m, n] += scaling * s[m, rank] b[n, rank]^T; none with rank 0.
+struct Branch {
+  int64_t rank = 0;
+  const float* s = nullptr;
+  DType dtype = DType::f32;
+  const void* b = nullptr;  // of type dtype
+  float scaling = 0;
+};
+// Its beginning: s[m, rank] = x[m, k] a[rank, k]^T, summed in float32.
+void lora_s(DType x_dtype, const void* x, int64_t m, int64_t k, DType a_dtype, const void* a, int64_t rank, float* s);
+
 // y[m, n] = x[m, k] w[n, k]^T + bias[n]; bias may be null.
 struct Linear4bit {
   DType dtype;
@@ -91,6 +102,7 @@ struct Linear4bit {
   const void* bias;
   int64_t m, n, k;
   void* y;
+  Branch branch = {};
 };
 void linear_4bit(const Linear4bit& a);
 // y[m, k] = x[m, n] w[n, k]: x is the gradient of the output, y that of the input; no bias.
@@ -116,6 +128,7 @@ struct LinearInt8 {
   float threshold;
   int64_t m, n, k;
   void* y;
+  Branch branch = {};
 };
 void linear_int8(const LinearInt8& a);
 // y[m, k] = x[m, n] dequantize(w)[n, k]: the gradient of the input from that of the output; no bias, no threshold.

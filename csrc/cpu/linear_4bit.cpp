@@ -15,6 +15,7 @@ namespace quantlib::QUANTLIB_ISA {
 
 #include "simd.h"
 #include "decode_4bit.h"
+#include "branch.h"
 #include "matmul.h"
 #if QUANTLIB_LEVEL > 0
 #include "few_rows_4bit.h"
@@ -62,7 +63,7 @@ static bool multiply_codes(const Linear4bit& a, const Product& product) {
 #endif
 
 void linear_4bit(const Linear4bit& a) {
-  const Product product{a.x, a.bias, a.m, a.n, a.k, a.y};
+  const Product product{a.x, a.bias, a.m, a.n, a.k, a.y, nullptr, a.branch};
 #if QUANTLIB_LEVEL > 0
   if (multiply_codes(a, product)) return;
 #endif

@@ -33,6 +33,7 @@ namespace quantlib::QUANTLIB_ISA {
 
 #include "simd.h"
 #include "dot_tile_int8.h"
+#include "branch.h"
 #include "matmul.h"
 
 constexpr float kStep = 1.0f / 127.0f;
@@ -239,13 +240,14 @@ void dequantize_int8(const int8_t* values, const float* absmaxes, bool by_column
   QUANTLIB_BY_DTYPE(dtype, dequantize, values, absmaxes, by_column, n, period, out);
 }
 
-// x after quantization, and its outlier columns as float, [m, count].
+// x after quantization, and what is multiplied in float: the outlier columns, `count` of them, and after them the s of
+// a LoRA branch; [m, width].
 struct Activations {
   const int8_t* q;
   const float* absmax;
   const int64_t* columns;
-  int64_t count;
-  const float* outliers;
+  int64_t count, width;
+  const float* floats;
 };
 
 // What N neighbouring rows of the weight, columns of y, bring to the end of a product, and that end: scales, outlier
@@ -254,18 +256,22 @@ template <int64_t N>
 struct Columns {
   const LinearInt8& a;
   const Activations& x;
-  Scratch<float> outliers;  // the weight's outlier columns, N floats each
+  Scratch<float> floats;  // the weight's outlier columns and the branch's b, x.width times N
   alignas(64) float absmax[N];
   alignas(64) int32_t row_sums[N];
 
-  Columns(const LinearInt8& a, const Activations& x) : a(a), x(x), outliers(8, x.count * N) {}
+  Columns(const LinearInt8& a, const Activations& x) : a(a), x(x), floats(8, x.width * N) {}
 
   // Once the rows have passed, since few elements of many rows are slow to come from memory.
   void gather(int64_t first, int64_t count) {
     for (int64_t j = 0; j < N; ++j) {
       absmax[j] = j < count ? a.w_absmax[first + j] : 0;
       for (int64_t c = 0; c < x.count; ++c)
-        outliers[c * N + j] = j < count ? float(a.w[(first + j) * a.k + x.columns[c]]) * absmax[j] * kStep : 0;
+        floats[c * N + j] = j < count ? float(a.w[(first + j) * a.k + x.columns[c]]) * absmax[j] * kStep : 0;
+    }
+    if (a.branch.rank) {
+      __builtin_memset(floats + x.count * N, 0, sizeof(float) * a.branch.rank * N);
+      turn_branch(a.branch, first, count, floats + x.count * N, N);
     }
   }
   // `count` elements of row m of y from column n on; sums has N integers.
@@ -277,9 +283,9 @@ struct Columns {
       const I32 total = load_raw<I32>(sums + j) - kInt8Offset * load_raw<I32>(row_sums + j);
       const F32 v = __builtin_convertvector(total, F32) * (x.absmax[m] * load(absmax + j)) * kStep2;
       F32 extra = {};
-      for (int64_t c = 0; c < x.count; ++c)
-        extra = fma(set1(x.outliers[m * x.count + c]), load(outliers + c * N + j), extra);
-      store(y + j, x.count ? v + extra : v);
+      for (int64_t c = 0; c < x.width; ++c)
+        extra = fma(set1(x.floats[m * x.width + c]), load(floats + c * N + j), extra);
+      store(y + j, x.width ? v + extra : v);
     }
     if (a.bias)
       for (int64_t j = 0; j < count; ++j) y[j] += widen(static_cast<const T*>(a.bias)[n + j]);
@@ -384,11 +390,13 @@ static void linear(const LinearInt8& a) {
   int64_t count = 0;
   for (int64_t c = 0; c < a.k && split; ++c)
     if (mask[c]) columns[count++] = c;
-  const Scratch<float> outliers(7, a.m * count);
-  for (int64_t m = 0; m < a.m; ++m)
-    for (int64_t c = 0; c < count; ++c)
-      outliers[m * count + c] = widen(static_cast<const T*>(a.x)[m * a.k + columns[c]]);
-  const Activations x{q, absmaxes, columns, count, outliers};
+  const int64_t rank = a.branch.rank, width = count + rank;
+  const Scratch<float> floats(7, a.m * width);
+  for (int64_t m = 0; m < a.m; ++m) {
+    for (int64_t c = 0; c < count; ++c) floats[m * width + c] = widen(static_cast<const T*>(a.x)[m * a.k + columns[c]]);
+    if (rank) __builtin_memcpy(floats + m * width + count, a.branch.s + m * rank, sizeof(float) * rank);
+  }
+  const Activations x{q, absmaxes, columns, count, width, floats};
   (a.m <= kFewRows ? few_rows<T> : many_rows<T>)(a, x);
 }
 

@@ -345,24 +345,42 @@ static void multiply_panels(int64_t m, int64_t columns, int64_t depth, const Rea
   }
 }
 
-// What to compute: y[m, columns] = (x[m, depth] * scale) times W^T (or W) + bias, x, bias and y in one dtype; scale
-// has `depth` floats.
+// What to compute: y[m, columns] = (x[m, depth] * scale) times W^T (or W) + branch + bias, x, bias and y in one dtype;
+// scale has `depth` floats.
 struct Product {
   const void* x;
   const void* bias;
   int64_t m, columns, depth;
   void* y;
   const float* scale = nullptr;
+  Branch branch = {};
 };
 
-// Adds the bias, rounds and stores `count` columns from c0 on of rows of sums, `stride` floats each and whole vectors.
-// Returns whether all sums are finite.
+static void add_branch(const Branch& branch, float* sums, int64_t stride, int64_t m0, int64_t rows, int64_t c0,
+                       int64_t count) {
+  const int64_t width = (count + W - 1) / W * W;
+  const Scratch<float> b(7, branch.rank * width);
+  __builtin_memset(b, 0, sizeof(float) * branch.rank * width);
+  turn_branch(branch, c0, count, b, width);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < width; c += W) {
+      F32 sum = load(sums + r * stride + c);
+      for (int64_t j = 0; j < branch.rank; ++j)
+        sum = fma(set1(branch.s[(m0 + r) * branch.rank + j]), load(b + j * width + c), sum);
+      store(sums + r * stride + c, sum);
+    }
+}
+
+// Adds branch and bias, rounds and stores `count` columns from c0 on of rows of sums, `stride` floats each and whole
+// vectors. Returns whether all sums of the base are finite.
 template <class T>
 static bool finish(const Product& p, float* sums, int64_t stride, int64_t m0, int64_t rows, int64_t c0, int64_t count) {
   I32 odd = {};
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < count; c += W) odd |= magnitude(load(sums + r * stride + c)) >= kInf;
+  if (p.branch.rank) add_branch(p.branch, sums, stride, m0, rows, c0, count);
   for (int64_t r = 0; r < rows; ++r) {
     float* row = sums + r * stride;
-    for (int64_t c = 0; c < count; c += W) odd |= magnitude(load(row + c)) >= kInf;
     if (p.bias)
       for (int64_t c = 0; c < count; ++c) row[c] += widen(static_cast<const T*>(p.bias)[c0 + c]);
     convert(row, count, static_cast<T*>(p.y) + (m0 + r) * p.columns + c0);

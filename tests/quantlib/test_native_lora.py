@@ -1,0 +1,119 @@
+"""The C++ kernels of a linear layer with its LoRA branch, on every instruction set of this CPU."""
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from quantlib import reference, use_backend
+
+from .native import (
+    assert_error_within,
+    block_sizes,
+    dtypes,
+    every_dtype,
+    every_isa,
+    forall,
+    tensors,
+    weight_4bit,
+)
+
+ops = torch.ops.quantlib
+
+
+def branch(x, n, rank, dtype):
+    """a, b, scaling."""
+    generator = torch.Generator().manual_seed(rank)
+    a = torch.randn(rank, x.shape[-1], generator=generator) * 0.1
+    b = torch.randn(n, rank, generator=generator) * 0.1
+    return a.to(dtype), b.to(dtype), 0.75
+
+
+def weight_int8(n, k):
+    return reference.quantize_int8(torch.randn(n, k) * 0.05, -1, None, 0.0)[:2]
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("p, seed", [(0.0, None), (0.25, 7)])
+@pytest.mark.parametrize("m, n, k, rank", [(1, 256, 512, 16), (5, 129, 333, 3), (40, 70, 704, 8), (130, 100, 256, 33)])
+def test_within_error_budget(isa, dtype, m, n, k, rank, p, seed):
+    """Of plain PyTorch, which rounds the base and the branch, where the kernel rounds their sum."""
+    x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+    a, b, scaling = branch(x, n, rank, dtype)
+    seed = None if seed is None else torch.tensor([seed])
+    weight = weight_4bit(n, k, double_quant=True)
+    with use_backend(isa):
+        y, s = ops.lora_linear_4bit(x, *weight, bias, a, b, scaling, seed, p, True)
+    plain = reference.lora_linear_4bit(x, *weight, bias, a, b, scaling, seed, p, True)
+    wide = (x.double(), *weight, bias.double(), a.double(), b.double(), scaling, seed, p, True)
+    for actual, expected, exact in zip((y, s), plain, reference.lora_linear_4bit(*wide), strict=True):
+        assert_error_within(actual, expected, exact)
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("m", [1, 40])
+@pytest.mark.parametrize("threshold", [0.0, 3.0])
+def test_int8_is_the_base_and_the_branch(isa, dtype, m, threshold):
+    n, k, rank = 70, 333, 8
+    x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+    a, b, scaling = branch(x, n, rank, torch.float32)
+    values, absmax = weight_int8(n, k)
+    with use_backend(isa):
+        y, s = ops.lora_linear_int8(x, values, absmax, bias, threshold, a, b, scaling, None, 0.0, True)
+        base = ops.linear_int8(x.float(), values, absmax, bias.float(), threshold)
+    exact_s = x.double() @ a.double().t()
+    exact = base.double() + scaling * exact_s @ b.double().t()
+    eps = torch.finfo(dtype).eps
+    size = base.double().abs() + scaling * exact_s.abs() @ b.double().abs().t()
+    assert s.dtype == dtype and y.dtype == dtype
+    assert ((s.double() - exact_s).abs() <= (eps + 1e-6) * (x.double().abs() @ a.double().abs().t())).all()
+    assert ((y.double() - exact).abs() <= (eps + 1e-5) * size.amax()).all()
+
+
+@every_isa
+@forall(
+    x=tensors(special=False),
+    n=st.integers(0, 50),
+    rank=st.integers(1, 20),
+    block_size=block_sizes,
+    factor_dtype=dtypes,
+    keep=st.booleans(),
+)
+def test_any_shape_stride_and_dtype(isa, x, n, rank, block_size, factor_dtype, keep):
+    weight = weight_4bit(n, x.shape[-1], block_size)
+    a, b, scaling = branch(x, n, rank, factor_dtype)
+    with use_backend(isa):
+        y, s = ops.lora_linear_4bit(x, *weight, None, a, b.t().contiguous().t(), scaling, None, 0.0, keep)
+    assert y.shape == (*x.shape[:-1], n) and y.dtype == x.dtype
+    assert s.shape == ((*x.shape[:-1], rank) if keep else (0,)) and s.dtype == x.dtype
+    w = reference.dequantize_4bit(*weight, (n, x.shape[-1]), torch.float64)
+    xd, ad, bd = x.double(), a.double(), b.double()
+    exact = xd @ w.t() + scaling * xd @ ad.t() @ bd.t()
+    size_of_terms = xd.abs() @ w.abs().t() + scaling * xd.abs() @ ad.abs().t() @ bd.abs().t()
+    tolerance = 2 * torch.finfo(x.dtype).eps * size_of_terms
+    if x.dtype == torch.float16:  # float16 has no more than 2^-24 to offer
+        tolerance += 2.0**-24 * (1 + x.shape[-1])
+    assert ((y.double() - exact).abs() <= tolerance).all()
+
+
+@every_isa
+def test_dropout_is_that_of_the_op(isa):
+    """The branch sees what `dropout` gives for the seed; the base sees x."""
+    x, seed = torch.randn(3, 40), torch.tensor([2**40 + 3])
+    a, b, scaling = branch(x, 20, 4, torch.float32)
+    weight = weight_4bit(20, 40)
+    with use_backend(isa):
+        _, s = ops.lora_linear_4bit(x, *weight, None, a, b, scaling, seed, 0.5, True)
+        dropped = ops.dropout(x, seed, 0.5)
+    torch.testing.assert_close(s, dropped @ a.t())
+
+
+def test_what_would_read_beyond_a_tensor_is_refused():
+    x, weight = torch.randn(2, 64), weight_4bit(8, 64)
+    a, b, scaling = branch(x, 8, 4, torch.float32)
+    for wrong_a, wrong_b, message in ((a[:, :63], b, "a must be"), (a[:3], b, "b must be"), (a[0], b, "matrices")):
+        with pytest.raises(RuntimeError, match=message):
+            ops.lora_linear_4bit(x, *weight, None, wrong_a, wrong_b, scaling, None, 0.0, False)
+    with pytest.raises(RuntimeError, match="elements"):
+        ops.lora_linear_4bit(x, *weight, None, a, torch.randn(9, 4), scaling, None, 0.0, False)
