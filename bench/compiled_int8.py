@@ -12,7 +12,7 @@ def _quantize(name: str, dtype: str, axis: int, length: int, split: bool = False
     optional = {"flags": ("*u8", split), "columns": ("*i32", split), "norm_weight": (f"*{dtype}", norm)}
     optional["normed"] = (f"*{dtype}", norm)
     absent = {name: None for name, (_, present) in optional.items() if not present}
-    numbers = dict.fromkeys(("R", "C", "x_row"), "i32:16") | {"n": "i64:16", "limit": "fp32", "eps": "fp32"}
+    numbers = dict.fromkeys(("C", "x_row"), "i32:16") | {"R": "i32", "n": "i64:16", "limit": "fp32", "eps": "fp32"}
     constants = {**absent, "x_column": 1, "AXIS": axis, "SPLIT": split, "NORM": norm, "PARTIAL": False}
     return Variant(
         f"quantize_int8 {name} {dtype}",
@@ -105,14 +105,17 @@ def _dx(m: int, dtype: str = "bf16", n: int = 4096, k: int = 4096) -> Variant:
 
 
 VARIANTS = [
-    *(_quantize(f"row of {length}", "bf16", 1, length) for length in (512, 4096, 14336, 32768)),
+    *(_quantize(f"row of {length}", "bf16", 1, length) for length in (512, 4096, 32768)),
     *(_quantize(f"row of {length} with outliers", "bf16", 1, length, split=True) for length in (4096, 32768)),
     _quantize("row of 4096 after RMSNorm", "bf16", 1, 4096, split=True, norm=True),
     _quantize("row of 32768", "fp32", 1, 32768, split=True),
     _quantize("column of 512", "bf16", 0, 512),
-    *(_few_rows(m, split) for m in (1, 2) for split in (False, True)),
-    *(_few_rows(m, split, n=1024) for m in (1, 2) for split in (False, True)),
-    *(_product(m, split) for m in (16, 64, 128, 256, 2048) for split in (False, True)),
+    *(
+        _few_rows(m, split, n=n)
+        for m, split, n in ((1, False, 4096), (1, True, 4096), (1, True, 1024), (2, True, 4096))
+    ),
+    *(_product(m, split) for m in (16, 2048) for split in (False, True)),
+    *(_product(m, True) for m in (64, 128, 256)),
     _product(2048, True, "fp32"),
     *(_dx(m) for m in (16, 64, 512)),
     _dx(512, "fp32"),

@@ -171,7 +171,7 @@ def _place(R, C, n, PARTIAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.co
     return row, column, inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _quantize_kernel(
     x,
     values,
@@ -225,7 +225,7 @@ def _quantize_kernel(
         _arrive(hit, flags, columns, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _absmax_kernel(
     x,
     row_absmax,
@@ -258,7 +258,7 @@ def _absmax_kernel(
         _arrive(hit, flags, columns, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _scale_kernel(
     x,
     absmax,
@@ -285,7 +285,7 @@ def _scale_kernel(
     tl.store(values + row * C + column, quantized_int8(tile, scale), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _clear_kernel(values, flags, columns, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """Zeros in the outlier columns of values."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
@@ -296,7 +296,7 @@ def _clear_kernel(values, flags, columns, R, C, BLOCK_R: tl.constexpr, BLOCK_C: 
         tl.store(values + row * C + column, tl.zeros((BLOCK_R, BLOCK_C), tl.int8), mask=(row < R) & (i < count))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _dequantize_kernel(
     values,
     absmax,

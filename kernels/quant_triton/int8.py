@@ -224,7 +224,7 @@ def _finish(
     x_absmax,
     w_absmax,
     bias,
-    state,
+    count,
     columns,
     y,
     M,
@@ -241,15 +241,13 @@ def _finish(
     """From the int32 product of a tile to y."""
     m = first_m + tl.arange(0, BLOCK_M)
     n = first_n + tl.arange(0, BLOCK_N)
-    if SPLIT:
-        count = outlier_count(state, K)
-        if not CLEARED:
-            for start in range(0, count, _OUTLIERS_INT8):
-                i = start + tl.arange(0, _OUTLIERS_INT8)
-                column = tl.load(columns + i, mask=i < count, other=0)
-                taken = _columns(q, m, K, M, column, i < count)
-                weight = _columns(w, n, K, N, column, i < count)
-                acc = _integer_product(-taken, weight, acc, INT8, WEIGHT_FIRST)
+    if SPLIT and not CLEARED:
+        for start in range(0, count, _OUTLIERS_INT8):
+            i = start + tl.arange(0, _OUTLIERS_INT8)
+            column = tl.load(columns + i, mask=i < count, other=0)
+            taken = _columns(q, m, K, M, column, i < count)
+            weight = _columns(w, n, K, N, column, i < count)
+            acc = _integer_product(-taken, weight, acc, INT8, WEIGHT_FIRST)
     scale = tl.load(x_absmax + m, mask=m < M, other=0.0) * _STEP
     total = acc.to(tl.float32) * tl.expand_dims(scale, 0 if WEIGHT_FIRST else 1)
     if SPLIT:
@@ -303,6 +301,10 @@ def _product_kernel(
     first_m = (group * GROUP_M + tile % (GROUP_M * tiles_n) % height) * BLOCK_M
     first_n = tile % (GROUP_M * tiles_n) // height * BLOCK_N
 
+    count = 0  # outlier columns; asked for here, it is known when it is needed
+    if SPLIT:
+        count = outlier_count(state, K)
+
     share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
     acc = tl.zeros((BLOCK_N, BLOCK_M) if WEIGHT_FIRST else (BLOCK_M, BLOCK_N), tl.int32)
     for start in range(part * share, tl.minimum((part + 1) * share, K), BLOCK_K):
@@ -335,7 +337,7 @@ def _product_kernel(
             x_absmax,
             w_absmax,
             bias,
-            state,
+            count,
             columns,
             y,
             M,
