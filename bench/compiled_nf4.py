@@ -37,7 +37,8 @@ def _quantize(dtype: str) -> Variant:
 def _dequantize(dtype: str, nested: bool) -> Variant:
     def constants(arch: Architecture) -> dict:
         lookup = _scaled_lookup(arch, dtype)
-        return {"BLOCK_SIZE": 64, "DOUBLE_QUANT": nested, "LOOKUP": lookup, "TILE": nf4._DECODED_AT_ONCE}
+        sizes = {"BLOCK_SIZE": 64, "TILE": nf4._DECODED_AT_ONCE}
+        return sizes | {"DOUBLE_QUANT": nested, "WORDS": dtype != "fp32", "LOOKUP": lookup}
 
     return Variant(
         f"dequantize_4bit {'nested ' if nested else ''}{dtype}",
@@ -76,9 +77,11 @@ def _linear(m: int, dtype: str, nested: bool = False, block_size: int = 64, rank
 
     def constants(arch: Architecture) -> dict:
         settings = default("linear_4bit", arch, m=m, n=4096, k=4096, chunk=chunk, dtype=TORCH[dtype])
-        shape = {"CHUNK": chunk, "CHUNKS_PER_BLOCK": block_size // chunk, "EVEN": True}
+        scaled = settings["SCALED"]
+        lookup = (_scaled_lookup if scaled else _lookup)(arch, dtype)
+        shape = {"BLOCK_SIZE": block_size, "CHUNK": 128 if scaled else chunk, "EVEN": True}
         extras = {"BIAS": True, "RANK": rank, "EXPERTS": experts}
-        return {"DOUBLE_QUANT": nested, "LOOKUP": _lookup(arch, dtype)} | shape | extras | settings
+        return {"DOUBLE_QUANT": nested, "LOOKUP": lookup} | shape | extras | settings
 
     name = f"linear_4bit m={m} {dtype}" + " nested" * nested + f" block={block_size}" * (block_size != 64)
     tensor = {"sm_90": "mma.m16n8k16" if m <= 16 else f"wgmma.m64n{m}k16.* A in registers"}
@@ -86,9 +89,9 @@ def _linear(m: int, dtype: str, nested: bool = False, block_size: int = 64, rank
         name + f" rank={rank}" * bool(rank) + " experts" * bool(experts),
         _linear_4bit,
         weight(nested)
-        | dict.fromkeys(("x", "codes", "bias", "lora_s", "lora_b", "out"), f"*{dtype}")
+        | dict.fromkeys(("x", "bias", "lora_s", "lora_b", "out"), f"*{dtype}")
         | {"ends": "*i32", "m": "i32", "n": "i32:16", "k": "i32:16", "stride_x": "i32:16"}
-        | {"rank": "i32", "scaling": "fp32", "experts": "i32"},
+        | {"codes": f"*{dtype}" if m < 64 else "*fp32", "rank": "i32", "scaling": "fp32", "experts": "i32"},
         constants,
         {"enable_fp_fusion": True},
         Expect(tensor=tensor if dtype != "fp32" else {}, load=8 if block_size > 32 else 4),

@@ -181,6 +181,21 @@ def _high(pair, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _in_order(p0, p1, p2, p3, DTYPE: tl.constexpr):
+    """[..., 2, 2, 2] from the four pairs of values of each word."""
+    first = tl.join(tl.join(_low(p0, DTYPE), _low(p2, DTYPE)), tl.join(_low(p1, DTYPE), _low(p3, DTYPE)))
+    second = tl.join(tl.join(_high(p0, DTYPE), _high(p2, DTYPE)), tl.join(_high(p1, DTYPE), _high(p3, DTYPE)))
+    return tl.join(first, second)
+
+
+@triton.jit
+def _load_in_order(words, codes):
+    """[..., 2, 2, 2] from the codebook in memory."""
+    bytes = tl.join(tl.join(words, words >> 16), tl.join(words >> 8, words >> 24))
+    return tl.join(tl.load(codes + (bytes >> 4 & 15)), tl.load(codes + (bytes & 15)))
+
+
+@triton.jit
 def decode(words, codes, DTYPE: tl.constexpr, LOOKUP: tl.constexpr):
     """The values of int32 words of eight codes, [..., 2, 2, 2] in DTYPE, in the order of elements.
 
@@ -188,28 +203,35 @@ def decode(words, codes, DTYPE: tl.constexpr, LOOKUP: tl.constexpr):
     """
     if LOOKUP != "":
         p0, p1, p2, p3 = tl.inline_asm_elementwise(
-            LOOKUP, "=r,=r,=r,=r,r", [words], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
+            LOOKUP,
+            "=r,=r,=r,=r,r",
+            [words],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
         )
-        first = tl.join(tl.join(_low(p0, DTYPE), _low(p2, DTYPE)), tl.join(_low(p1, DTYPE), _low(p3, DTYPE)))
-        second = tl.join(tl.join(_high(p0, DTYPE), _high(p2, DTYPE)), tl.join(_high(p1, DTYPE), _high(p3, DTYPE)))
-        return tl.join(first, second)
+        return _in_order(p0, p1, p2, p3, DTYPE)
     else:
-        pairs = tl.join(tl.join(words, words >> 16), tl.join(words >> 8, words >> 24))
-        return tl.join(tl.load(codes + (pairs >> 4 & 15)), tl.load(codes + (pairs & 15)))
+        return _load_in_order(words, codes)
 
 
 @triton.jit
-def decode_scaled(byte, scale, codes, DTYPE: tl.constexpr, LOOKUP: tl.constexpr):
-    """The values of bytes of two codes times scales that broadcast, [..., 2], rounded to DTYPE once.
+def decode_scaled(words, scale, codes, DTYPE: tl.constexpr, LOOKUP: tl.constexpr):
+    """The values of int32 words of eight codes times a scale per word, [..., 2, 2, 2], rounded to DTYPE once.
 
     codes: the codebook, [16] float32. LOOKUP: see `scaled_lookup`.
     """
     if LOOKUP != "":
-        pair = tl.inline_asm_elementwise(
-            LOOKUP, "=r,=r,=r,=r,r,r,r,r,r", [byte, scale], dtype=tl.int32, is_pure=True, pack=4
+        p0, p1, p2, p3 = tl.inline_asm_elementwise(
+            LOOKUP,
+            "=r,=r,=r,=r,r,r",
+            [words, scale],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
         )
-        return tl.join(_low(pair, DTYPE), _high(pair, DTYPE))
+        return _in_order(p0, p1, p2, p3, DTYPE)
     else:
-        high = tl.load(codes + (byte >> 4)) * scale
-        low = tl.load(codes + (byte & 15)) * scale
-        return tl.join(high.to(DTYPE), low.to(DTYPE))
+        for _ in tl.static_range(3):
+            scale = tl.expand_dims(scale, -1)
+        return (_load_in_order(words, codes) * scale).to(DTYPE)

@@ -6,9 +6,10 @@
    Hopper's wgmma takes from registers. Few tiles are split along K as well; a second kernel adds the parts in order.
 3. More rows: W is decoded to a workspace once, and the vendor's product does the rest.
 
-In 1 and 2 the codebook's values are multiplied, not the weights: the sum over a chunk of K that lies in one block is
-scaled by the block's absmax in float32. A value of the codebook in 16 bits is no further off than a rounded weight.
-An infinite absmax makes the result NaN; a sum of |x| beyond float32's range overflows before it is scaled.
+In 1, and in 2 with few rows, the codebook's values are multiplied, not the weights: the sum over a chunk of K that lies
+in one block is scaled by the block's absmax in float32. A value of the codebook in 16 bits is no further off than a
+rounded weight. An infinite absmax then makes the result NaN; a sum of |x| beyond float32's range overflows before it is
+scaled. With more rows (SCALED) scaling each sum costs more than scaling the codebook for every 32 weights of a thread.
 
 Which k meets which is free as long as W and x agree. A thread of an `mma` holds pairs of columns of W (K_WIDTH = 2; 4
 where Triton groups them so), a word of packed codes holds eight neighbours. So columns are numbered anew within a
@@ -32,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .codes import block_scales, byte_lookup, check_weight, codebook, decode
+from .codes import block_scales, byte_lookup, check_weight, codebook, decode, decode_scaled, scaled_lookup
 from .launch import Architecture, Config, bucket, candidates, config, default, default_config, dot, launch, problem
 from .nf4 import dequantize_4bit, quantize_4bit
 
@@ -101,9 +102,10 @@ def _linear_4bit(
     BIAS: tl.constexpr,
     RANK: tl.constexpr,
     EXPERTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHUNKS_PER_BLOCK: tl.constexpr,
     EVEN: tl.constexpr,
+    SCALED: tl.constexpr,
     K_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -111,10 +113,14 @@ def _linear_4bit(
     UNROLL: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = codes.dtype.element_ty
+    DTYPE: tl.constexpr = x.dtype.element_ty
     WORDS: tl.constexpr = CHUNK // 8
     J: tl.constexpr = WORDS // 4
     U: tl.constexpr = 8 // K_WIDTH
+    GROUP: tl.constexpr = min(BLOCK_SIZE, CHUNK)  # what has one scale
+    GROUPS: tl.constexpr = CHUNK // GROUP
+    tl.static_assert(GROUPS == 1 or SCALED)
+    tl.static_assert(WARPS_K == 1 or not SCALED)
     chunks = k // CHUNK
     words_a_row = tl.multiple_of(k // 8, J)
     tiles_m = tl.cdiv(m, BLOCK_M) + (experts if EXPERTS > 0 else 0)
@@ -122,11 +128,11 @@ def _linear_4bit(
     first_n = tl.program_id(0) // tiles_m * BLOCK_N
     split = tl.program_id(1)
     end_m = m
-    first_chunk = 0
+    first_group = 0
     if EXPERTS > 0:
         expert, first_m, end_m = tile_of_expert(ends, experts, first_m // BLOCK_M, BLOCK_M, EXPERTS)
         packed += expert.to(tl.int64) * n * (k // 32) * 16
-        first_chunk = expert * n * chunks
+        first_group = expert * n * chunks * GROUPS
         bias += expert * n
         lora_b += expert.to(tl.int64) * n * rank
     x += first_m.to(tl.int64) * stride_x
@@ -146,11 +152,11 @@ def _linear_4bit(
         eights = first_n + tl.arange(0, BLOCK_N // 8)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
         at_w = tl.minimum(eights, n - 1) * words_a_row + warp[None, :, None, None] * WORDS + word[None, None, None, :]
         at_x = warp[:, None, None] * CHUNK + at_x[None, :, :]
-        at_scale = first_chunk + existing_feature[None, :] * chunks + warp[:, None]
+        at_scale = first_group + existing_feature[None, :] * chunks + warp[:, None]
         acc = tl.zeros((WARPS_K, BLOCK_N, BLOCK_M), tl.float32)
     else:
         at_w = existing_feature[:, None] * words_a_row + word[None, :]
-        at_scale = first_chunk + existing_feature * chunks
+        at_scale = first_group + existing_feature[:, None] * (chunks * GROUPS) + tl.arange(0, GROUPS)[None, :]
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
 
     STEP: tl.constexpr = WARPS_K * UNROLL
@@ -160,7 +166,7 @@ def _linear_4bit(
     for first in range(begin, end, STEP):
         for i in tl.static_range(UNROLL):
             chunk = first + i * WARPS_K
-            block = (chunk + at_scale) // CHUNKS_PER_BLOCK
+            block = (chunk * GROUPS + at_scale) // (BLOCK_SIZE // GROUP)
             if EVEN:
                 w = tl.load(words + chunk * WORDS + at_w)
                 xt = tl.load(x + chunk * CHUNK + at_x)
@@ -173,10 +179,14 @@ def _linear_4bit(
                 else:
                     w = tl.load(words + chunk * WORDS + at_w, mask=exists[:, None])
                     xt = tl.load(x + chunk * CHUNK + at_x, mask=exists[:, None], other=0.0)
-                mask = (exists[:, None] if WARPS_K > 1 else exists) & (block >= 0)
+                mask = exists[:, None] & (block >= 0)
                 scale = block_scales(absmax, nested_absmax, nested_codebook, offset, block, mask, DOUBLE_QUANT)
-            scale += scale - scale  # inf becomes NaN, as most weights of such a block are
-            v = decode(w, codes, DTYPE, LOOKUP)
+            if SCALED:
+                scale = tl.broadcast_to(scale[:, :, None], (BLOCK_N, GROUPS, WORDS // GROUPS))
+                v = decode_scaled(w, tl.reshape(scale, (BLOCK_N, WORDS)), codes, DTYPE, LOOKUP)
+            else:
+                v = decode(w, codes, DTYPE, LOOKUP)
+                scale += scale - scale  # inf becomes NaN, as most weights of such a block are
             if WARPS_K > 1:
                 v = tl.reshape(v, (BLOCK_N // 8, WARPS_K, 8, 4, J, U, K_WIDTH))
                 v = tl.reshape(tl.permute(v, (1, 0, 2, 4, 5, 3, 6)), (WARPS_K, BLOCK_N, CHUNK))
@@ -184,7 +194,10 @@ def _linear_4bit(
             else:
                 v = tl.reshape(v, (BLOCK_N, 4, J, U, K_WIDTH))
                 v = tl.reshape(tl.permute(v, (0, 2, 3, 1, 4)), (BLOCK_N, CHUNK))
-                acc += dot(v, xt, tl.zeros_like(acc)) * scale[:, None]
+                if SCALED:
+                    acc = dot(v, xt, acc)
+                else:
+                    acc += dot(v, xt, tl.zeros_like(acc)) * scale
     if WARPS_K > 1:
         acc = tl.sum(acc, 0)
 
@@ -242,7 +255,7 @@ def _(arch: Architecture, *, m: int, n: int, k: int, chunk: int, dtype: torch.dt
     if arch.interpreted:
         split = 2 if k > 256 else 1
         tiles = {"BLOCK_M": 16, "BLOCK_N": 32, "WARPS_K": 2 if few else 1, "UNROLL": 2, "SPLIT": split}
-        return tiles | {"K_WIDTH": 4 if few else 2, "num_warps": 4, "num_stages": 1}
+        return tiles | {"SCALED": not few, "K_WIDTH": 4 if few else 2, "num_warps": 4, "num_stages": 1}
     if m > most_fused_rows(arch, dtype):
         return {}  # decoded first
     roomy = arch.shared_memory > 160 << 10 and dtype != torch.float32
@@ -252,12 +265,14 @@ def _(arch: Architecture, *, m: int, n: int, k: int, chunk: int, dtype: torch.dt
         warps = 8 if roomy else 4
         split = splits(triton.cdiv(n, block_n), k // (warps * chunk), arch)
         tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "WARPS_K": warps, "UNROLL": 1, "SPLIT": split}
-        return tiles | {"K_WIDTH": 4, "num_warps": warps, "num_stages": 4 if roomy else 2}
+        return tiles | {"SCALED": False, "K_WIDTH": 4, "num_warps": warps, "num_stages": 4 if roomy else 2}
     # wgmma and tcgen05 hold the sums outside of, or in more, registers than mma does.
     block_m, block_n = min(m, 128 if arch.capability in (90, 100) else 64), 128
-    split = splits(triton.cdiv(m, block_m) * triton.cdiv(n, block_n), k // (2 * chunk), arch)
-    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "WARPS_K": 1, "UNROLL": 2, "SPLIT": split}
-    return tiles | {"K_WIDTH": 2 if arch.capability == 90 else 4, "num_warps": 8, "num_stages": 3 if roomy else 2}
+    scaled = block_m >= 64 and arch.kind == "cuda"
+    split = splits(triton.cdiv(m, block_m) * triton.cdiv(n, block_n), k // 128, arch)
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "WARPS_K": 1, "UNROLL": 1 if scaled else 2, "SPLIT": split}
+    pipeline = {"num_warps": 8, "num_stages": 3 if roomy else 2}
+    return tiles | pipeline | {"SCALED": scaled, "K_WIDTH": 2 if arch.capability == 90 else 4}
 
 
 @candidates("linear_4bit")
@@ -272,10 +287,11 @@ def _(arch: Architecture, *, m: int, n: int, k: int, chunk: int, dtype: torch.dt
             tiles = {"BLOCK_N": block_n, "WARPS_K": warps, "SPLIT": split}
             yield base | tiles | {"num_warps": warps, "num_stages": stages}
     else:
-        for block_m, block_n, split, stages in itertools.product((32, 64, 128), (64, 128), (1, 2, 4, 8), (3, 4)):
+        sizes = itertools.product((32, 64, 128), (64, 128), (False, True), (1, 2, 4, 8), (3, 4))
+        for block_m, block_n, scaled, split, stages in sizes:
             if block_m <= m:
-                tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "SPLIT": split}
-                yield base | tiles | {"num_warps": block_n // 16, "num_stages": stages}
+                tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "SCALED": scaled, "UNROLL": 1 if scaled else 2}
+                yield base | tiles | {"SPLIT": split, "num_warps": block_n // 16, "num_stages": stages}
 
 
 @problem("linear_4bit")
@@ -310,7 +326,8 @@ def fused(
     """
     packed, absmax, *nested, quant_type, block_size = weight
     (m, k), n = x.shape, out_features
-    chunk, split = chunk_size(block_size), settings["SPLIT"]
+    scaled, split = settings["SCALED"], settings["SPLIT"]
+    chunk = math.gcd(k, 128) if scaled else chunk_size(block_size)
     step = settings["WARPS_K"] * settings["UNROLL"]
     experts = 0 if ends is None else ends.numel()
     tiles = (triton.cdiv(m, settings["BLOCK_M"]) + experts) * triton.cdiv(n, settings["BLOCK_N"])
@@ -325,7 +342,7 @@ def fused(
         packed,
         absmax,
         *(absmax if part is None else part for part in nested),  # never followed
-        codebook(quant_type, x.device, x.dtype),
+        codebook(quant_type, x.device, torch.float32 if scaled else x.dtype),
         x if bias is None else bias,
         x if lora is None else lora.s,
         x if lora is None else lora.b,
@@ -340,12 +357,12 @@ def fused(
         experts,
         fp_fusion=True,
         DOUBLE_QUANT=nested[0] is not None,
-        LOOKUP=byte_lookup(quant_type, x.device, x.dtype),
+        LOOKUP=(scaled_lookup if scaled else byte_lookup)(quant_type, x.device, x.dtype),
         BIAS=bias is not None,
         RANK=0 if lora is None else max(16, triton.next_power_of_2(lora.s.shape[1])),
         EXPERTS=triton.next_power_of_2(experts) if experts else 0,
+        BLOCK_SIZE=block_size,
         CHUNK=chunk,
-        CHUNKS_PER_BLOCK=block_size // chunk,
         EVEN=k // chunk % (step * split) == 0,
         **settings,
     )

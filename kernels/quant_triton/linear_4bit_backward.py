@@ -63,9 +63,9 @@ def _linear_4bit_dx(
 ):
     DTYPE: tl.constexpr = dy.dtype.element_ty
     CHUNKS: tl.constexpr = BLOCK_K // CHUNK
-    BYTES: tl.constexpr = CHUNK // 2
+    WORDS: tl.constexpr = CHUNK // 8
     chunks = k // CHUNK
-    bytes_a_row = tl.multiple_of(k // 2, BYTES)
+    words_a_row = tl.multiple_of(k // 8, WORDS)
     tiles_m = tl.cdiv(m, BLOCK_M) + (experts if EXPERTS > 0 else 0)
     first_m = tl.program_id(0) % tiles_m * BLOCK_M
     first_k = tl.program_id(0) // tiles_m * BLOCK_K
@@ -77,15 +77,16 @@ def _linear_4bit_dx(
         packed += expert.to(tl.int64) * n * (k // 32) * 16
         first_chunk += expert * n * chunks
     dy += first_m.to(tl.int64) * stride_dy
+    words = packed.to(tl.pointer_type(tl.int32), bitcast=True)
 
     # Rows and columns beyond the last are read from it, and not stored.
     row = tl.arange(0, BLOCK_M)
     existing_row = tl.maximum(tl.minimum(row, end_m - first_m - 1), 0)
     feature = tl.arange(0, BLOCK_N)
     chunk = tl.minimum(tl.arange(0, CHUNKS), chunks - 1 - first_k // CHUNK)
-    byte = tl.arange(0, BLOCK_K // 2)
-    byte = tl.minimum(first_k // CHUNK + byte // BYTES, chunks - 1) * BYTES + byte % BYTES
-    byte = tl.max_contiguous(tl.multiple_of(byte, BYTES), BYTES)
+    word = tl.arange(0, BLOCK_K // 8)
+    word = tl.minimum(first_k // CHUNK + word // WORDS, chunks - 1) * WORDS + word % WORDS
+    word = tl.max_contiguous(tl.multiple_of(word, WORDS), WORDS)
     at_dy = existing_row[None, :] * stride_dy + feature[:, None]
     acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
 
@@ -101,12 +102,12 @@ def _linear_4bit_dx(
             existing = tl.minimum(first + feature, n - 1)
             exists = first + feature < n
             g = tl.load(dy + first + at_dy, mask=exists[:, None], other=0.0)
-        w = tl.load(packed + existing[:, None] * bytes_a_row + byte[None, :])
+        w = tl.load(words + existing[:, None] * words_a_row + word[None, :])
         block = (first_chunk + existing[:, None] * chunks + chunk[None, :]) // CHUNKS_PER_BLOCK
         mask = exists[:, None] & (block >= 0)
         scale = block_scales(absmax, nested_absmax, nested_codebook, offset, block, mask, DOUBLE_QUANT)
-        scale = tl.broadcast_to(scale[:, :, None], (BLOCK_N, CHUNKS, BYTES))
-        v = decode_scaled(w, tl.reshape(scale, (BLOCK_N, CHUNKS * BYTES)), codes, DTYPE, LOOKUP)
+        scale = tl.broadcast_to(scale[:, :, None], (BLOCK_N, CHUNKS, WORDS))
+        v = decode_scaled(w, tl.reshape(scale, (BLOCK_N, CHUNKS * WORDS)), codes, DTYPE, LOOKUP)
         v = tl.reshape(v, (BLOCK_N, BLOCK_K))
         acc = dot(tl.trans(v), g, acc)
 

@@ -113,20 +113,29 @@ def _dequantize_4bit(
     n_bytes,
     BLOCK_SIZE: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
+    WORDS: tl.constexpr,
     LOOKUP: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    # Each row lies in one block.
+    # Each row of a tile of bytes, or words of four, lies in one block.
     BYTES: tl.constexpr = min(BLOCK_SIZE // 2, TILE)
     ROWS: tl.constexpr = TILE // BYTES
+    UNIT: tl.constexpr = 4 if WORDS else 1
+    DTYPE: tl.constexpr = out.dtype.element_ty
     start = tl.program_id(0).to(tl.int64) * TILE
-    row = tl.arange(0, ROWS) * BYTES
-    index = row[:, None] + tl.arange(0, BYTES)[None, :]
+    row = tl.arange(0, ROWS)
+    index = row[:, None] * (BYTES // UNIT) + tl.arange(0, BYTES // UNIT)[None, :]
     left = tl.minimum(n_bytes - start, TILE).to(tl.int32)
-    byte = tl.load(packed + start + index, mask=index < left, other=0)
-    block = (start + row) // (BLOCK_SIZE // 2)
-    scale = block_scales(absmax, nested_absmax, nested_codebook, offset, block, row < left, DOUBLE_QUANT)
-    value = decode_scaled(byte, scale[:, None], codes, out.dtype.element_ty, LOOKUP)
+    block = (start + row * BYTES) // (BLOCK_SIZE // 2)
+    scale = block_scales(absmax, nested_absmax, nested_codebook, offset, block, row * BYTES < left, DOUBLE_QUANT)
+    if WORDS:
+        words = (packed + start).to(tl.pointer_type(tl.int32), bitcast=True)
+        word = tl.load(words + index, mask=index < left // 4, other=0)
+        value = decode_scaled(word, tl.broadcast_to(scale[:, None], word.shape), codes, DTYPE, LOOKUP)
+    else:
+        byte = tl.load(packed + start + index, mask=index < left, other=0)
+        value = tl.join(tl.load(codes + (byte >> 4)), tl.load(codes + (byte & 15)))
+        value = (value * scale[:, None, None]).to(DTYPE)
     element = tl.arange(0, ROWS)[:, None] * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :]
     left = tl.minimum(n - start * 2, TILE * 2).to(tl.int32)
     tl.store(out + start * 2 + element, tl.reshape(value, (ROWS, 2 * BYTES)), mask=element < left)
@@ -175,6 +184,7 @@ def dequantize_4bit(
         fp_fusion=False,  # the format rounds nested_codebook * nested_absmax before it adds the offset
         BLOCK_SIZE=block_size,
         DOUBLE_QUANT=double_quant,
+        WORDS=dtype != torch.float32 and n % 8 == 0 and packed.data_ptr() % 16 == 0,
         LOOKUP=scaled_lookup(quant_type, packed.device, dtype),
         TILE=_DECODED_AT_ONCE,
     )

@@ -49,10 +49,11 @@ def test_errors_are_within_budget(m, n, k, quant_type, block_size, double_quant,
 @pytest.mark.parametrize("warps_k, k_width, unroll, split", [(1, 2, 1, 3), (1, 8, 3, 1), (4, 4, 1, 1), (2, 2, 2, 3)])
 def test_every_configuration_gives_the_product(warps_k, k_width, unroll, split, dtype):
     tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "WARPS_K": warps_k, "K_WIDTH": k_width, "UNROLL": unroll, "SPLIT": split}
-    for (m, n, k), block_size in itertools.product([(3, 50, 192), (20, 16, 448)], [32, 64]):
+    for (m, n, k), block_size in itertools.product([(3, 50, 192), (20, 16, 512), (3, 50, 160)], [32, 64, 256]):
         weight = quantized(n, k, block_size=block_size)
-        with forced("linear_4bit", tiles | {"num_warps": 4, "num_stages": 1}):
-            assert_multiplies(torch.randn(m, k).to(dtype), weight, n, torch.randn(n).to(dtype))
+        for scaled in (False, True)[: 2 if warps_k == 1 else 1]:
+            with forced("linear_4bit", tiles | {"SCALED": scaled, "num_warps": 4, "num_stages": 1}):
+                assert_multiplies(torch.randn(m, k).to(dtype), weight, n, torch.randn(n).to(dtype))
 
 
 @every_dtype
