@@ -26,6 +26,55 @@ def _quantize(name: str, dtype: str, axis: int, length: int, split: bool = False
     )
 
 
+_MATRIX = dict.fromkeys(("C", "x_row"), "i32:16") | {"R": "i32", "n": "i64:16"}
+_WIDE = {"PARTIAL": False, "BLOCK_R": 1, "BLOCK_C": 4096, "num_warps": 8}
+
+
+def _absmax(name: str, rows: bool, columns: bool, split: bool, tile: dict) -> Variant:
+    there = {"row_absmax": ("*i32", rows), "column_absmax": ("*i32", columns)}
+    there |= {"flags": ("*u8", split), "columns": ("*i32", split)}
+    return Variant(
+        f"absmax_int8 {name} bf16",
+        absmax._absmax_kernel,
+        {"x": "*bf16", "limit": "fp32", **_MATRIX} | {name: kind for name, (kind, present) in there.items() if present},
+        {name: None for name, (_, present) in there.items() if not present}
+        | {"x_column": 1, "ROWS": rows, "COLUMNS": columns, "SPLIT": split, **tile},
+        {"enable_fp_fusion": False},
+        Expect(load=16),
+    )
+
+
+def _scale(axis: int, split: bool) -> Variant:
+    return Variant(
+        f"quantize_int8 by known {'row' if axis else 'column'}{' with outliers' if split else ''} bf16",
+        absmax._scale_kernel,
+        {"x": "*bf16", "absmax": "*fp32", "values": "*i8", **_MATRIX} | ({"flags": "*u8"} if split else {}),
+        {"x_column": 1, "AXIS": axis, "SPLIT": split, **_WIDE} | ({} if split else {"flags": None}),
+        {"enable_fp_fusion": False},
+        Expect(load=16, store=16),
+    )
+
+
+def _dequantize(axis: int) -> Variant:
+    return Variant(
+        f"dequantize_int8 {'row' if axis else 'column'} bf16",
+        absmax._dequantize_kernel,
+        {"values": "*i8", "absmax": "*fp32", "out": "*bf16", "R": "i32", "C": "i32:16", "n": "i64:16"},
+        {"AXIS": axis, **_WIDE},
+        {"enable_fp_fusion": False},
+        Expect(load=16, store=16, absent=("cvt.rn.f32.s8", "fma.rn.f32")),
+    )
+
+
+_CLEAR = Variant(
+    "clear_outliers",
+    absmax._clear_kernel,
+    {"values": "*i8", "flags": "*u8", "columns": "*i32", "R": "i32", "C": "i32:16"},
+    {"BLOCK_R": 128, "BLOCK_C": 8, "num_warps": 4},
+    {"enable_fp_fusion": False},
+)
+
+
 def _dropout(dtype: str, size: int) -> Variant:
     return Variant(
         f"dropout {dtype}",
@@ -110,6 +159,11 @@ VARIANTS = [
     _quantize("row of 4096 after RMSNorm", "bf16", 1, 4096, split=True, norm=True),
     _quantize("row of 32768", "fp32", 1, 32768, split=True),
     _quantize("column of 512", "bf16", 0, 512),
+    _absmax("row with outliers", True, False, True, _WIDE),
+    _absmax("row and column", True, True, False, {**_WIDE, "BLOCK_R": 128, "BLOCK_C": 64}),
+    *(_scale(axis, split) for axis, split in ((0, False), (1, True))),
+    *(_dequantize(axis) for axis in (0, 1)),
+    _CLEAR,
     *(
         _few_rows(m, split, n=n)
         for m, split, n in ((1, False, 4096), (1, True, 4096), (1, True, 1024), (2, True, 4096))
