@@ -1,10 +1,12 @@
 """Triton kernels for quantized weights; needs nothing but torch and triton.
 
-Functions take and return plain tensors, with the arguments of the `torch.ops.quantlib` op of the same name.
+Functions take and return plain tensors, with the arguments of the `torch.ops.quantlib` op of the same name. Those of
+experts (`grouped.py`) are no such ops.
 """
 
 from .absmax import dequantize_int8, quantize_int8
 from .dropout import dropout
+from .grouped import linear_4bit_grouped, linear_4bit_grouped_dx
 from .int8 import linear_int8, linear_int8_dx
 from .linear_4bit import linear_4bit
 from .linear_4bit_backward import linear_4bit_dx
@@ -18,6 +20,8 @@ __all__ = [
     "embedding_4bit",
     "linear_4bit",
     "linear_4bit_dx",
+    "linear_4bit_grouped",
+    "linear_4bit_grouped_dx",
     "linear_int8",
     "linear_int8_dx",
     "lora_linear_4bit",
