@@ -446,11 +446,16 @@ def _(arch, *, m, n, k, dtype):
 
 @candidates("linear_int8")
 def _(arch, *, m, n, k, dtype):
+    largest = 64 * 64 if dtype == torch.float32 else 128 * 256
     for block_m in (16, 32, 64) if m <= 64 else (64, 128):
         for block_n in (64, 128, 256):
             for block_k in (64, 128, 256):
-                if (block_m + block_n) * block_k * 2 <= arch.shared_memory:
-                    yield _tile_config(arch, m, n, k, block_m, block_n, block_k, 8 if block_m * block_n > 8192 else 4)
+                if (block_m + block_n) * block_k * 2 > arch.shared_memory or block_m * block_n > largest:
+                    continue
+                tile = _tile_config(arch, m, n, k, block_m, block_n, block_k, 8 if block_m * block_n > 8192 else 4)
+                yield tile
+                if block_m * block_n == 128 * 128:  # two programs on a multiprocessor: one multiplies, one waits
+                    yield {**tile, "num_stages": 3, "maxnreg": 128}
 
 
 @default_config("linear_int8_dx")
