@@ -11,12 +11,16 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import multiprocessing
+import os
 import re
 import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,6 +236,18 @@ def complaints(variant: Variant, target: str, found: Facts) -> list[str]:
 # The command
 
 
+def _facts_by_name(name: str, target: str) -> Facts:
+    return facts(next(variant for variant in variants() if variant.name == name), target)
+
+
+@contextmanager
+def compiling(work: Sequence[tuple[Variant, str]]) -> Iterator[list[Future[Facts]]]:
+    """The facts of variants on targets, to come from as many processes as there are cores."""
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        yield [pool.submit(_facts_by_name, variant.name, target) for variant, target in work]
+        pool.shutdown(cancel_futures=True)
+
+
 @functools.cache
 def variants() -> tuple[Variant, ...]:
     """What `bench/compiled_*.py` list."""
@@ -276,12 +292,13 @@ def main(args: argparse.Namespace) -> int:
     chosen = [v for v in variants() if not args.names or any(name in v.name for name in args.names)]
     work = [(variant, target) for variant in chosen for target in args.targets if target in variant.targets]
     rows, wrong = [], []
-    for variant, target in tqdm(work, unit="kernel", disable=None):
-        found = facts(variant, target)
-        rows.append((variant, target, found))
-        wrong += [f"{variant.name} on {target}: {text}" for text in complaints(variant, target, found)]
-        if args.dump:
-            _dump(args.dump, variant, target)
+    with compiling(work) as futures:
+        for (variant, target), future in zip(work, tqdm(futures, unit="kernel", disable=None), strict=True):
+            found = future.result()
+            rows.append((variant, target, found))
+            wrong += [f"{variant.name} on {target}: {text}" for text in complaints(variant, target, found)]
+            if args.dump:
+                _dump(args.dump, variant, target)
     print(table(rows))
     print(f"\n{len(rows)} compiled, {len(wrong)} not as expected", *wrong, sep="\n")
     return int(bool(wrong))
