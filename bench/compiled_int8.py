@@ -3,7 +3,7 @@
 import torch
 
 from bench.compiled import Expect, Variant
-from quant_triton import absmax, int8, launch
+from quant_triton import absmax_kernels, int8, int8_few_rows, int8_many_rows, launch
 from quant_triton.dropout import TILE, _dropout_kernel  # the package has a function of the module's name
 
 
@@ -16,7 +16,7 @@ def _quantize(name: str, dtype: str, axis: int, length: int, split: bool = False
     constants = {**absent, "x_column": 1, "AXIS": axis, "SPLIT": split, "NORM": norm, "PARTIAL": False}
     return Variant(
         f"quantize_int8 {name} {dtype}",
-        absmax._quantize_kernel,
+        absmax_kernels.quantize_kernel,
         {**pointers, **{name: kind for name, (kind, present) in optional.items() if present}, **numbers},
         lambda arch: {**constants, **launch.default("int8_whole", arch, axis=axis, length=length, norm=norm)},
         {"enable_fp_fusion": False},
@@ -35,7 +35,7 @@ def _absmax(name: str, rows: bool, columns: bool, split: bool, tile: dict) -> Va
     there |= {"flags": ("*u8", split), "columns": ("*i32", split)}
     return Variant(
         f"absmax_int8 {name} bf16",
-        absmax._absmax_kernel,
+        absmax_kernels.absmax_kernel,
         {"x": "*bf16", "limit": "fp32", **_MATRIX} | {name: kind for name, (kind, present) in there.items() if present},
         {name: None for name, (_, present) in there.items() if not present}
         | {"x_column": 1, "ROWS": rows, "COLUMNS": columns, "SPLIT": split, **tile},
@@ -47,7 +47,7 @@ def _absmax(name: str, rows: bool, columns: bool, split: bool, tile: dict) -> Va
 def _scale(axis: int, split: bool) -> Variant:
     return Variant(
         f"quantize_int8 by known {'row' if axis else 'column'}{' with outliers' if split else ''} bf16",
-        absmax._scale_kernel,
+        absmax_kernels.scale_kernel,
         {"x": "*bf16", "absmax": "*fp32", "values": "*i8", **_MATRIX} | ({"flags": "*u8"} if split else {}),
         {"x_column": 1, "AXIS": axis, "SPLIT": split, **_WIDE} | ({} if split else {"flags": None}),
         {"enable_fp_fusion": False},
@@ -58,7 +58,7 @@ def _scale(axis: int, split: bool) -> Variant:
 def _dequantize(axis: int) -> Variant:
     return Variant(
         f"dequantize_int8 {'row' if axis else 'column'} bf16",
-        absmax._dequantize_kernel,
+        absmax_kernels.dequantize_kernel,
         {"values": "*i8", "absmax": "*fp32", "out": "*bf16", "R": "i32", "C": "i32:16", "n": "i64:16"},
         {"AXIS": axis, **_WIDE},
         {"enable_fp_fusion": False},
@@ -68,7 +68,7 @@ def _dequantize(axis: int) -> Variant:
 
 _CLEAR = Variant(
     "clear_outliers",
-    absmax._clear_kernel,
+    absmax_kernels.clear_kernel,
     {"values": "*i8", "flags": "*u8", "columns": "*i32", "R": "i32", "C": "i32:16"},
     {"BLOCK_R": 128, "BLOCK_C": 8, "num_warps": 4},
     {"enable_fp_fusion": False},
@@ -92,7 +92,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def _few_rows(m: int, split: bool, dtype: str = "bf16", n: int = 4096, k: int = 4096) -> Variant:
     return Variant(
         f"linear_int8 {m} rows{' with outliers' if split else ''} to {n} {dtype}",
-        int8._few_rows_kernel,
+        int8_few_rows.few_rows_kernel,
         {"x": f"*{dtype}", "w": "*i32", "w_absmax": "*fp32", "bias": f"*{dtype}", "y": f"*{dtype}", "M": "i32"}
         | dict.fromkeys(("N", "K", "x_row"), "i32:16")
         | {"limit": "fp32"},
@@ -127,7 +127,7 @@ def _product(m: int, split: bool, dtype: str = "bf16", n: int = 4096, k: int = 4
     ampere = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_100", "sm_120"), r"mma.*m16n8k32.*\.s8\.s8")
     return Variant(
         f"linear_int8 {m} rows{' with outliers' if split else ''} {dtype}",
-        int8._product_kernel,
+        int8_many_rows.product_kernel,
         signature,
         constants,
         {"enable_fp_fusion": True},
@@ -144,7 +144,7 @@ def _product(m: int, split: bool, dtype: str = "bf16", n: int = 4096, k: int = 4
 def _dx(m: int, dtype: str = "bf16", n: int = 4096, k: int = 4096) -> Variant:
     return Variant(
         f"linear_int8_dx {m} rows {dtype}",
-        int8._dx_kernel,
+        int8.dx_kernel,
         {"dy": f"*{dtype}", "w": "*i8", "w_absmax": "*fp32", "dx": f"*{dtype}", "M": "i32"}
         | dict.fromkeys(("N", "K", "dy_row"), "i32:16"),
         lambda arch: launch.default("linear_int8_dx", arch, m=m, n=n, k=k, dtype=_DTYPES[dtype]),
