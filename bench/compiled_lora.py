@@ -13,6 +13,7 @@ _TENSOR_CORES = {
     "sm_100": "mma",
     "gfx942": "v_mfma_f32.*bf16",
 }
+_GATE = {"owner": "*i32", "adapter": "*i32", "gains": "*fp32"}
 _MMA = dict.fromkeys(ARCHITECTURES, "") | _TENSOR_CORES
 
 
@@ -28,21 +29,31 @@ def _variant(name, kernel, signature, op, key, constants, dtype="bf16", **expect
     )
 
 
-def _project(r, drop, dtype="bf16"):
+def _project(r, drop, dtype="bf16", gated=False):
     signature = {"x": "*T", "a": "*fp32", "out": "*T", "seed": "*i64", "m": "i32", "k": "i32:16", "rank": "i32:16"}
-    signature |= {"stride": "i64:16", "threshold": "i32", "scale": "fp32", "blocks_per_split": "i32"}
-    constants = {"DROP": drop, "QUADS": True}
+    signature |= {"stride": "i64:16", "threshold": "i32", "scale": "fp32", "blocks_per_split": "i32", **_GATE}
+    constants = {"DROP": drop, "QUADS": True, "GATED": gated}
     key = {"m": 2048, "k": K, "r": r, "drop": drop}
-    name = f"project r={r}{' dropout' if drop else ''}"
+    name = f"project r={r}{' dropout' if drop else ''}{' gated' if gated else ''}"
     return _variant(name, low_rank._project_kernel, signature, "lora_project", key, constants, dtype, load=16)
 
 
-def _dy(r, dtype="bf16"):
+def _dy(r, dtype="bf16", gated=False):
     signature = {"dy": "*T", "s": "*T", "b": "*fp32", "ds_parts": "*fp32", "db_parts": "*fp32", "m": "i32"}
     signature |= {"n": "i32:16", "rank": "i32:16", "stride": "i64:16", "scaling": "fp32", "blocks_per_split": "i32"}
-    constants = {"NEED_DS": True, "NEED_DB": True}
+    signature |= _GATE
+    constants = {"NEED_DS": True, "NEED_DB": True, "GATED": gated}
     key = {"m": 2048, "n": N, "r": r}
-    return _variant(f"dy r={r}", low_rank._dy_kernel, signature, "lora_dy", key, constants, dtype, load=16)
+    return _variant(
+        f"dy r={r}{' gated' if gated else ''}",
+        low_rank._dy_kernel,
+        signature,
+        "lora_dy",
+        key,
+        constants,
+        dtype,
+        load=16,
+    )
 
 
 def _da(r, drop, dtype="bf16"):
@@ -78,6 +89,8 @@ VARIANTS = [
     _project(16, False, "fp32"),
     *(_dy(r) for r in (16, 64, 128)),
     _dy(16, "fp32"),
+    _project(128, True, gated=True),
+    _dy(128, gated=True),
     *(_da(r, drop) for r, drop in ((16, False), (16, True), (128, True))),
     *(_add(r, drop) for r, drop in ((16, False), (16, True), (128, True))),
     *(_merge(*variant) for variant in ((16, 4), (16, 4, True), (128, 4, True), (16, 8))),

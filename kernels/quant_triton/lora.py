@@ -8,6 +8,9 @@ rest is the epilogue of the base product, or costs nothing at all where many row
 then W + scaling * b a is written instead (`merge.py`), unless dropout lies between. Backward, one pass over dy gives ds
 and db, one over x da, and dx takes its branch as y does. s, rank numbers a row, is kept from the forward pass.
 
+With a `Gate` a batch is served by many adapters of mixed ranks: a and b are those of all adapters, one below the other
+and side by side, and each row has its own adapter or none.
+
 Compiled and interpreted, not yet run on a GPU.
 """
 
@@ -23,7 +26,7 @@ from .codes import codebook
 from .int8 import DX_ROWS, linear_int8, linear_int8_dx
 from .linear_4bit import Lora, Weight, fused, linear_4bit, rows_of, settings_for
 from .linear_4bit_backward import linear_4bit_dx, settings_for_dx
-from .low_rank import add_product_, gradient_a, gradients_dy, project
+from .low_rank import Gate, add_product_, gradient_a, gradients_dy, project
 from .merge import SPAN, merge
 
 _LARGEST_EPILOGUE = 64  # ranks beyond would take registers from the product itself
@@ -58,6 +61,7 @@ def lora_linear_4bit(
     seed: Tensor | None,
     p: float,
     keep_s: bool,
+    gate: Gate | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`x W^T + bias + scaling * dropout(x) a^T b^T` with a 4-bit W, [out_features, in_features].
 
@@ -65,7 +69,7 @@ def lora_linear_4bit(
         x: [..., in_features], float32, float16 or bfloat16, any strides. packed ... block_size: see `dequantize_4bit`.
         bias: [out_features] in x's dtype, or None. a: [rank, in_features], b: [out_features, rank]: any float dtype.
         scaling: factor of the branch. seed, p: of the dropout, as `dropout` takes them; seed None for none.
-        keep_s: whether a backward pass will need s.
+        keep_s: whether a backward pass will need s. gate: of many adapters; their scalings are its, times `scaling`.
 
     Returns:
         y, [..., out_features], and s = dropout(x) a^T, [..., rank], both in x's dtype; s is empty unless keep_s.
@@ -74,8 +78,8 @@ def lora_linear_4bit(
     rows, a, b = rows_of(x), a.contiguous(), b.contiguous()
     (m, k), n = rows.shape, b.shape[0]
     settings = settings_for(rows, weight, n)
-    merges = seed is None and not settings and k % SPAN.value == 0
-    s = project(rows, a, seed, p) if keep_s or not merges else None
+    merges = seed is None and gate is None and not settings and k % SPAN.value == 0
+    s = project(rows, a, seed, p, gate) if keep_s or not merges else None
     if merges:
         y = F.linear(rows, _merged_4bit(weight, a, b, scaling, x.dtype), bias)
     elif settings and b.shape[1] <= _LARGEST_EPILOGUE and m and n:
@@ -97,10 +101,11 @@ def lora_linear_int8(
     seed: Tensor | None,
     p: float,
     keep_s: bool,
+    gate: Gate | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`linear_int8` with the branch of `lora_linear_4bit`, for which x is not quantized."""
     rows, a, b = rows_of(x), a.contiguous(), b.contiguous()
-    s = project(rows, a, seed, p)
+    s = project(rows, a, seed, p, gate)
     y = add_product_(linear_int8(rows, values, absmax, bias, threshold), s, b.t(), scaling, None, 0.0)
     return y.view(*x.shape[:-1], b.shape[0]), _kept(s, x, a, keep_s)
 
@@ -117,11 +122,12 @@ def _backward(
     seed: Tensor | None,
     p: float,
     needed: Sequence[bool],
+    gate: Gate | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients for x, a and b. merged: gives W + scaling * b a, or None where dx = base_dx(dy) + the branch."""
     need_dx, need_da, need_db = needed
     dy, rows, s = rows_of(dy), rows_of(x), rows_of(s)
-    ds, db = gradients_dy(dy, s, b, scaling, need_da or (need_dx and merged is None), need_db)
+    ds, db = gradients_dy(dy, s, b, scaling, need_da or (need_dx and merged is None), need_db, gate)
     dx = x.new_empty(0)
     if need_dx and merged is not None:
         dx = (dy @ merged()).view(x.shape)
@@ -148,6 +154,7 @@ def lora_linear_4bit_backward(
     seed: Tensor | None,
     p: float,
     needed: Sequence[bool],
+    gate: Gate | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `lora_linear_4bit` for x, a and b.
 
@@ -160,11 +167,11 @@ def lora_linear_4bit_backward(
     """
     weight = (packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size)
     a, b, k = a.contiguous(), b.contiguous(), x.shape[-1]
-    merges = seed is None and k % SPAN.value == 0 and not settings_for_dx(rows_of(dy), weight, k)
+    merges = seed is None and gate is None and k % SPAN.value == 0 and not settings_for_dx(rows_of(dy), weight, k)
     return _backward(
         lambda dy: linear_4bit_dx(dy, *weight, k),
         (lambda: _merged_4bit(weight, a, b, scaling, x.dtype)) if merges else None,
-        *(dy, x, s, a, b, scaling, seed, p, needed),
+        *(dy, x, s, a, b, scaling, seed, p, needed, gate),
     )
 
 
@@ -180,12 +187,13 @@ def lora_linear_int8_backward(
     seed: Tensor | None,
     p: float,
     needed: Sequence[bool],
+    gate: Gate | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `lora_linear_int8` for x, a and b, as `lora_linear_4bit_backward` gives them."""
     a, b = a.contiguous(), b.contiguous()
-    merges = seed is None and dy.numel() > DX_ROWS * b.shape[0]
+    merges = seed is None and gate is None and dy.numel() > DX_ROWS * b.shape[0]
     return _backward(
         lambda dy: linear_int8_dx(dy, values, absmax),
         (lambda: _merged_int8(values, absmax, a, b, scaling, x.dtype)) if merges else None,
-        *(dy, x, s, a, b, scaling, seed, p, needed),
+        *(dy, x, s, a, b, scaling, seed, p, needed, gate),
     )

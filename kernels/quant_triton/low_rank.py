@@ -3,6 +3,9 @@
 `project` reads x once for drop(x) a^T, dropping as it reads. `gradients_dy` reads dy once for dy b and dy^T s.
 `gradient_a` reads x once for ds^T drop(x), the mask drawn again. `add_product_` adds a product to y or dx in place.
 
+Several adapters in one batch are one branch of all their ranks together, whose s is 0 where a row and a factor belong
+to different adapters: a `Gate`, applied as s and ds are written. Ranks may differ, and rows may have no adapter.
+
 Ranks are rounded up to a power of two, 16 at least, and large ones are taken in parts, a program each. Factors may
 have another dtype than x: they are cast as they are read. Sums that several programs share go through a float32
 workspace that is added up in a fixed order, so that results are the same bits on every run.
@@ -11,6 +14,8 @@ Compiled and interpreted, not yet run on a GPU.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -52,6 +57,15 @@ def _load_kept(x, row, start, m, k, stride, seed, threshold, DROP: tl.constexpr,
 
 
 @triton.jit
+def _gate(owner, adapter, scale, row, factor, m, rank):
+    """The scale of each factor where it is of the row's adapter, 0 elsewhere."""
+    of_row = tl.load(owner + row, mask=row < m, other=-1)
+    of_factor = tl.load(adapter + factor, mask=factor < rank, other=-2)
+    gain = tl.load(scale + factor, mask=factor < rank, other=0.0)
+    return tl.where(of_row[:, None] == of_factor[None, :], gain[None, :], 0.0)
+
+
+@triton.jit
 def load_rows(source, row, column, rows, columns):
     """A tile of a contiguous matrix [rows, columns]. row: int64."""
     inside = (row < rows)[:, None] & (column < columns)[None, :]
@@ -64,6 +78,9 @@ def _project_kernel(
     a,
     out,
     seed,
+    owner,
+    adapter,
+    gains,
     m,
     k,
     rank,
@@ -73,6 +90,7 @@ def _project_kernel(
     blocks_per_split,
     DROP: tl.constexpr,
     QUADS: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -86,6 +104,8 @@ def _project_kernel(
         tile = _load_kept(x, row, start, m, k, stride, seed, threshold, DROP, QUADS, BLOCK_K)
         right = load_rows(a, factor, start + tl.arange(0, BLOCK_K), rank, k).to(tile.dtype)
         acc = dot(tile, tl.trans(right), acc)
+    if GATED:
+        acc *= _gate(owner, adapter, gains, row, factor, m, rank)
     place = out + (tl.program_id(1).to(tl.int64) * m + row)[:, None] * rank + factor[None, :]
     tl.store(place, (acc * scale).to(out.dtype.element_ty), mask=(row < m)[:, None] & (factor < rank)[None, :])
 
@@ -97,6 +117,9 @@ def _dy_kernel(
     b,
     ds_parts,
     db_parts,
+    owner,
+    adapter,
+    gains,
     m,
     n,
     rank,
@@ -105,6 +128,7 @@ def _dy_kernel(
     blocks_per_split,
     NEED_DS: tl.constexpr,
     NEED_DB: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -121,6 +145,8 @@ def _dy_kernel(
         tile = tl.load(dy + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
         if NEED_DS:
             ds = dot(tile, right, tl.zeros((BLOCK_M, BLOCK_R), tl.float32)) * scaling
+            if GATED:
+                ds *= _gate(owner, adapter, gains, row, factor, m, rank)
             place = ds_parts + (chunk * m + row)[:, None] * rank + factor[None, :]
             tl.store(place, ds, mask=(row < m)[:, None] & (factor < rank)[None, :])
         if NEED_DB:
@@ -213,6 +239,18 @@ def _add_kernel(
 # Launchers
 
 
+class Gate(NamedTuple):
+    """Which factors of a branch serve which rows.
+
+    owner: [m] int32, the adapter of each row, -1 for none. adapter: [rank] int32, the adapter of each factor.
+    scale: [rank] float32, the scaling of its adapter.
+    """
+
+    owner: Tensor
+    adapter: Tensor
+    scale: Tensor
+
+
 def _dropout(seed: Tensor | None, p: float, columns: int, stand_in: Tensor) -> tuple[Tensor, int, float, dict]:
     """seed, threshold, scale and constexprs of a kernel that may drop."""
     drop = seed is not None
@@ -240,8 +278,8 @@ def _sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def project(x: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    """`dropout(x) a^T`.
+def project(x: Tensor, a: Tensor, seed: Tensor | None, p: float, gate: Gate | None = None) -> Tensor:
+    """`dropout(x) a^T`, gated.
 
     Args:
         x: [m, k]. a: [rank, k], contiguous, any float dtype. seed: [1] int64 and p: as in `dropout`; None for none.
@@ -255,15 +293,16 @@ def project(x: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Tensor:
     blocks, parts_of_rank = triton.cdiv(m, tile["BLOCK_M"]), triton.cdiv(rank, tile["BLOCK_R"])
     splits, per_split = _splits(triton.cdiv(k, tile["BLOCK_K"]), blocks * parts_of_rank, x.device)
     out = torch.empty((splits, m, rank), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
-    arguments = (x, a, out, seed, m, k, rank, x.stride(0), threshold, scale, per_split)
-    launch(_project_kernel, (blocks, splits, parts_of_rank), *arguments, fp_fusion=True, **drop, **tile)
+    arguments = (x, a, out, seed, *(gate or (x,) * 3), m, k, rank, x.stride(0), threshold, scale, per_split)
+    constants = {"GATED": gate is not None, **drop, **tile}
+    launch(_project_kernel, (blocks, splits, parts_of_rank), *arguments, fp_fusion=True, **constants)
     return out[0] if splits == 1 else _sum(out, x.dtype)
 
 
 def gradients_dy(
-    dy: Tensor, s: Tensor, b: Tensor, scaling: float, need_ds: bool, need_db: bool
+    dy: Tensor, s: Tensor, b: Tensor, scaling: float, need_ds: bool, need_db: bool, gate: Gate | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`scaling * dy b`, in dy's dtype, and `scaling * dy^T s`, in b's; None for what is not needed.
+    """`scaling * dy b`, gated, in dy's dtype, and `scaling * dy^T s`, in b's; None for what is not needed.
 
     Args:
         dy: [m, n]. s: [m, rank], contiguous, in dy's dtype. b: [n, rank], contiguous, any float dtype.
@@ -276,8 +315,8 @@ def gradients_dy(
         torch.empty(shape if needed else (0,), dtype=torch.float32, device=dy.device)
         for needed, shape in ((need_ds, (chunks, m, rank)), (need_db, (splits, n, rank)))
     )
-    arguments = (dy, s, b, ds, db, m, n, rank, dy.stride(0), scaling, per_split)
-    needs = {"NEED_DS": need_ds, "NEED_DB": need_db}
+    arguments = (dy, s, b, ds, db, *(gate or (dy,) * 3), m, n, rank, dy.stride(0), scaling, per_split)
+    needs = {"NEED_DS": need_ds, "NEED_DB": need_db, "GATED": gate is not None}
     launch(_dy_kernel, (chunks, splits, parts_of_rank), *arguments, fp_fusion=True, **needs, **tile)
     return _sum(ds, dy.dtype) if need_ds else None, _sum(db, b.dtype) if need_db else None
 

@@ -162,6 +162,40 @@ def test_base_and_branch(kind, lead, n, k, rank, p, dtype, monkeypatch):
             budget(actual, other, right, 1.0 if name == "y" else 1.5, dtype)
 
 
+@every_p
+@pytest.mark.parametrize("rows", [9, 60])
+@pytest.mark.parametrize("suffix", ["4bit", "int8"])
+def test_many_adapters_of_mixed_ranks(suffix, rows, p):
+    """As each row would be served by its own adapter alone, and rows without one by the base."""
+    n, k, ranks, scalings = 64, 128, (3, 20, 8), (2.0, 0.5, 1.0)
+    _, weight = base("int8" if suffix == "int8" else "nf4", n, k)
+    x, dy, seed = torch.randn(rows, k), torch.randn(rows, n), draw_seed(p)
+    between = (None,) if suffix == "4bit" else (None, 0.0)
+    adapters = [factors(n, k, rank) for rank in ranks]
+    a, b = torch.cat([a for a, _ in adapters]), torch.cat([b for _, b in adapters], 1)
+    owner = torch.arange(rows, dtype=torch.int32) % 4 - 1
+    adapter = torch.repeat_interleave(torch.arange(3), torch.tensor(ranks)).int()
+    gate = low_rank.Gate(owner, adapter, torch.tensor(scalings)[adapter])
+    forward, backward = (getattr(lora, f"lora_linear_{suffix}{way}") for way in ("", "_backward"))
+    y, s = forward(x, *weight, *between, a, b, 1.0, seed, p, True, gate)
+    dx, da, db = backward(dy, x, s, *weight, a, b, 1.0, seed, p, [True] * 3, gate)
+
+    base_y = getattr(reference, f"linear_{suffix}")(x, *weight, *((n, None) if suffix == "4bit" else (None, 0.0)))
+    base_dx = getattr(reference, f"linear_{suffix}_dx")(dy, *weight, *((k,) if suffix == "4bit" else ()))
+    x_dropped, close = dropped(x, seed, p), {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(y[owner == -1], base_y[owner == -1], **close)
+    torch.testing.assert_close(dx[owner == -1], base_dx[owner == -1], **close)
+    for i, (a_i, b_i) in enumerate(adapters):
+        mine, its = owner == i, adapter == i
+        ds = scalings[i] * dy[mine] @ b_i
+        torch.testing.assert_close(y[mine], base_y[mine] + scalings[i] * x_dropped[mine] @ a_i.t() @ b_i.t(), **close)
+        torch.testing.assert_close(db[:, its], scalings[i] * dy[mine].t() @ (x_dropped[mine] @ a_i.t()), **close)
+        torch.testing.assert_close(da[its], ds.t() @ x_dropped[mine], **close)
+        branch = torch.zeros_like(x)
+        branch[mine] = ds @ a_i
+        torch.testing.assert_close(dx[mine], (base_dx + dropped(branch, seed, p))[mine], **close)
+
+
 @pytest.mark.parametrize("suffix", ["4bit", "int8"])
 def test_what_is_not_needed_is_not_computed(suffix):
     n, k = 64, 128
