@@ -51,5 +51,5 @@ def test_suites_under_pytest_benchmark(tmp_path):
     )
     assert done.returncode == 0, done.stdout
     found = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
-    assert {b["extra_info"]["peer"] for b in found} >= {"quantlib", "bitsandbytes", "torch, uniform int4"}
+    assert {b["extra_info"]["peer"] for b in found} >= {"quantlib", "torch, uniform int4"}
     assert all(b["extra_info"]["GB/s"] > 0 and b["extra_info"]["median"] > 0 for b in found)

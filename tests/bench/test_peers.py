@@ -107,4 +107,4 @@ def test_a_backend_on_request_runs_what_ours_runs(op, backward, monkeypatch):
     output = entry.run(rows)
     found = peers.verdict(entry.results(output), OPS[op].truth(w, rows), OPS[op].plain(w, rows))
     assert found[:2] == ("ok", "")
-    assert seen == peers_quantlib._kernels(case)
+    assert set(seen) >= set(peers_quantlib._kernels(case))  # a forward pass asks whether there is a backward one

@@ -1,5 +1,6 @@
 """The run itself: small, but whole."""
 
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -34,7 +35,10 @@ def test_everything_of_ours_is_right(tmp_path, capsys):
         assert (entry["status"] == "ok") == (not entry["reason"]) == ("median" in entry)
     timed = [e for e in record["results"] if e["status"] == "ok"]
     assert all(0 < e["p20"] <= e["median"] <= e["p80"] and e["limit"] > 0 and e["error"] <= 2 for e in timed)
-    for peer in ("bitsandbytes", "torch", "PEFT, bitsandbytes", "PEFT, quantlib"):
+    present = ("torch", "PEFT, quantlib")
+    if importlib.util.find_spec("bitsandbytes"):
+        present += ("bitsandbytes", "PEFT, bitsandbytes")
+    for peer in present:
         assert any(e["peer"] == peer for e in timed)
     assert "linear_4bit forward + backward 128x256 M=5" in capsys.readouterr().out
 
