@@ -79,7 +79,7 @@ def _linear(m: int, dtype: str, nested: bool = False, block_size: int = 64, rank
         settings = default("linear_4bit", arch, m=m, n=4096, k=4096, chunk=chunk, dtype=TORCH[dtype])
         scaled = settings["SCALED"]
         lookup = (_scaled_lookup if scaled else _lookup)(arch, dtype)
-        shape = {"BLOCK_SIZE": block_size, "CHUNK": 128 if scaled else chunk, "EVEN": True}
+        shape = {"BLOCK_SIZE": block_size, "CHUNK": scaled or chunk, "EVEN": True}
         extras = {"BIAS": True, "RANK": rank, "EXPERTS": experts}
         return {"DOUBLE_QUANT": nested, "LOOKUP": lookup} | shape | extras | settings
 

@@ -35,7 +35,10 @@ def _settings(op: str, x: Tensor, packed: Tensor, block_size: int, n: int, k: in
     arch = architecture(x.device)
     m = min(bucket(triton.cdiv(x.shape[0], experts)), most_fused_rows(arch, x.dtype))
     key = {"m": m, "n": n, "k": k, "chunk": chunk, "dtype": x.dtype}
-    return {**(config(op, x.device, **key) or default(op, arch, **key)), "SPLIT": 1}
+    settings = config(op, x.device, **key) or default(op, arch, **key)
+    if not settings:
+        raise ValueError(f"quant_triton.{op}: experts have no kernel for {x.dtype} on this GPU")
+    return {**settings, "SPLIT": 1}
 
 
 def linear_4bit_grouped(

@@ -9,7 +9,8 @@
 In 1, and in 2 with few rows, the codebook's values are multiplied, not the weights: the sum over a chunk of K that lies
 in one block is scaled by the block's absmax in float32. A value of the codebook in 16 bits is no further off than a
 rounded weight. An infinite absmax then makes the result NaN; a sum of |x| beyond float32's range overflows before it is
-scaled. With more rows (SCALED) scaling each sum costs more than scaling the codebook for every 32 weights of a thread.
+scaled. With more rows (SCALED, the size of a chunk) it is cheaper to scale the codebook for every 32 weights of a
+thread, which gives rounded weights.
 
 Which k meets which is free as long as W and x agree. A thread of an `mma` holds pairs of columns of W (K_WIDTH = 2; 4
 where Triton groups them so), a word of packed codes holds eight neighbours. So columns are numbered anew within a
@@ -260,7 +261,7 @@ def _(arch: Architecture, *, m: int, n: int, k: int, chunk: int, dtype: torch.dt
     if arch.interpreted:
         split = 2 if k > 256 else 1
         tiles = {"BLOCK_M": 16, "BLOCK_N": 32, "WARPS_K": 2 if few else 1, "UNROLL": 2, "SPLIT": split}
-        return tiles | {"SCALED": not few, "K_WIDTH": 4 if few else 2, "num_warps": 4, "num_stages": 1}
+        return tiles | {"SCALED": 0 if few else 128, "K_WIDTH": 4 if few else 2, "num_warps": 4, "num_stages": 1}
     if m > most_fused_rows(arch, dtype):
         return {}  # decoded first
     roomy = arch.shared_memory > 160 << 10 and dtype != torch.float32
@@ -270,13 +271,13 @@ def _(arch: Architecture, *, m: int, n: int, k: int, chunk: int, dtype: torch.dt
         warps = 8 if roomy else 4
         split = splits(triton.cdiv(n, block_n), k // (warps * chunk), arch)
         tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "WARPS_K": warps, "UNROLL": 1, "SPLIT": split}
-        return tiles | {"SCALED": False, "K_WIDTH": 4, "num_warps": warps, "num_stages": 4 if roomy else 2}
+        return tiles | {"SCALED": 0, "K_WIDTH": 4, "num_warps": warps, "num_stages": 4 if roomy else 2}
     # wgmma and tcgen05 hold the sums outside of, or in more, registers than mma does.
-    block_m, block_n = min(m, 128 if arch.capability in (90, 100) else 64), 128
-    scaled = block_m >= 64
+    block_m, block_n = min(m, 128 if arch.capability in (90, 100) else 64), 128 if arch.kind == "cuda" else 64
+    scaled = (128 if roomy else 64) if block_m >= 64 else 0
     split = splits(triton.cdiv(m, block_m) * triton.cdiv(n, block_n), k // 128, arch)
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "WARPS_K": 1, "UNROLL": 1 if scaled else 2, "SPLIT": split}
-    pipeline = {"num_warps": 8, "num_stages": 3 if roomy else 2}
+    pipeline = {"num_warps": block_n // 16, "num_stages": 3 if arch.kind == "cuda" else 2}
     return tiles | pipeline | {"SCALED": scaled, "K_WIDTH": 2 if arch.capability == 90 else 4}
 
 
@@ -292,7 +293,7 @@ def _(arch: Architecture, *, m: int, n: int, k: int, chunk: int, dtype: torch.dt
             tiles = {"BLOCK_N": block_n, "WARPS_K": warps, "SPLIT": split}
             yield base | tiles | {"num_warps": warps, "num_stages": stages}
     else:
-        sizes = itertools.product((32, 64, 128), (64, 128), (False, True), (1, 2, 4, 8), (3, 4))
+        sizes = itertools.product((32, 64, 128), (64, 128), (0, 128), (1, 2, 4, 8), (3, 4))
         for block_m, block_n, scaled, split, stages in sizes:
             if block_m <= m:
                 tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "SCALED": scaled, "UNROLL": 1 if scaled else 2}
@@ -332,7 +333,7 @@ def fused(
     packed, absmax, *nested, quant_type, block_size = weight
     (m, k), n = x.shape, out_features
     scaled, split = settings["SCALED"], settings["SPLIT"]
-    chunk = math.gcd(k, 128) if scaled else chunk_size(block_size)
+    chunk = math.gcd(k, scaled) if scaled else chunk_size(block_size)
     step = settings["WARPS_K"] * settings["UNROLL"]
     experts = 0 if ends is None else ends.numel()
     tiles = (triton.cdiv(m, settings["BLOCK_M"]) + experts) * triton.cdiv(n, settings["BLOCK_N"])
