@@ -13,7 +13,7 @@ from quantlib import reference
 from . import harness
 from .harness import DEVICE, assert_error_within, assert_same
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("either_backend")]
 
 LAYERS = {"nf4": quantlib.Linear4bit, "int8": quantlib.Linear8bit}
 every_layer = pytest.mark.parametrize("kind", LAYERS)
@@ -22,7 +22,7 @@ sixteen_bit = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], 
 
 def layer(kind, inner=256, out=96, dtype=torch.bfloat16):
     """A quantized layer with a bias, on the device."""
-    return LAYERS[kind].from_linear(nn.Linear(inner, out).to(dtype)).to(DEVICE)
+    return LAYERS[kind].from_linear(nn.Linear(inner, out).to(DEVICE, dtype))
 
 
 def activations(*shape, dtype=torch.bfloat16, grad=True):
@@ -52,7 +52,8 @@ def test_forward_and_backward(kind, dtype):
 def test_quantizing_here_or_on_the_cpu_is_the_same(kind):
     linear = nn.Linear(130, 96).half()
     options = {"double_quant": False} if kind == "nf4" else {}  # the mean of the scales depends on the order of a sum
-    there = LAYERS[kind].from_linear(linear, **options)
+    with quantlib.use_backend("auto"):
+        there = LAYERS[kind].from_linear(linear, **options)
     here = LAYERS[kind].from_linear(linear.to(DEVICE), **options)
     theirs = there.state_dict()
     for key, value in here.state_dict().items():
@@ -70,7 +71,7 @@ def test_checkpoints_move_between_devices(kind):
 
 
 def test_embedding():
-    table = quantlib.Embedding4bit.from_embedding(nn.Embedding(50, 130).bfloat16()).to(DEVICE)
+    table = quantlib.Embedding4bit.from_embedding(nn.Embedding(50, 130).to(DEVICE, torch.bfloat16))
     indices = torch.tensor([[0, 49], [7, 7]], device=DEVICE)
     assert_same(table(indices), F.embedding(indices, table.dequantize()))
 

@@ -13,7 +13,7 @@ import lora_ops  # noqa: E402
 import lora_ops.peft  # noqa: E402
 import quantlib  # noqa: E402
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("either_backend")]
 
 
 @pytest.fixture(autouse=True)
