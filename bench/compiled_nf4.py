@@ -6,8 +6,9 @@ from bench.compiled import Expect, Variant
 from quant_triton import nf4
 from quant_triton.codes import lookup_ptx, scaled_lookup_ptx
 from quant_triton.launch import ARCHITECTURES, Architecture, default
-from quant_triton.linear_4bit import _linear_4bit, chunk_size
-from quant_triton.linear_4bit_backward import _linear_4bit_dx
+from quant_triton.linear_4bit import chunk_size
+from quant_triton.linear_4bit_backward import linear_4bit_dx_kernel
+from quant_triton.linear_4bit_kernels import linear_4bit_kernel
 
 TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -87,7 +88,7 @@ def _linear(m: int, dtype: str, nested: bool = False, block_size: int = 64, rank
     tensor = {"sm_90": "mma.m16n8k16" if m <= 16 else f"wgmma.m64n{m}k16.* A in registers"}
     return Variant(
         name + f" rank={rank}" * bool(rank) + " experts" * bool(experts),
-        _linear_4bit,
+        linear_4bit_kernel,
         weight(nested)
         | dict.fromkeys(("x", "bias", "lora_s", "lora_b", "out"), f"*{dtype}")
         | {"ends": "*i32", "m": "i32", "n": "i32:16", "k": "i32:16", "stride_x": "i32:16"}
@@ -112,7 +113,7 @@ def _linear_dx(m: int, dtype: str, nested: bool = False, block_size: int = 64, e
     name = f"linear_4bit_dx m={m} {dtype}" + " nested" * nested + f" block={block_size}" * (block_size != 64)
     return Variant(
         name + " experts" * bool(experts),
-        _linear_4bit_dx,
+        linear_4bit_dx_kernel,
         weight(nested)
         | dict.fromkeys(("dy", "out"), f"*{dtype}")
         | {

@@ -29,13 +29,13 @@ from .linear_4bit import (
     most_fused_rows,
     rows_of,
     splits,
-    tile_of_expert,
 )
+from .linear_4bit_kernels import tile_of_expert
 from .nf4 import dequantize_4bit, quantize_4bit
 
 
 @triton.jit(do_not_specialize=["m", "experts"])
-def _linear_4bit_dx(
+def linear_4bit_dx_kernel(
     dy,
     packed,
     absmax,
@@ -185,7 +185,7 @@ def fused_dx(dy: Tensor, weight: Weight, in_features: int, settings: Config, *, 
         return out
     parts = out if split == 1 else dy.new_empty((split, m, k), dtype=torch.float32)
     launch(
-        _linear_4bit_dx,
+        linear_4bit_dx_kernel,
         (tiles, split),
         dy,
         packed,
