@@ -71,7 +71,7 @@ def test_same_bits_on_every_run(backend, op):
     usable(backend)
     arguments = to_device(list(cases(op, torch.float16))[-1])
     first = run(backend, op, arguments)
-    for _ in range(5):
+    for _ in range(1 if DRY_RUN else 5):
         for a, b in zip(run(backend, op, arguments), first, strict=True):
             assert_same(a, b)
 
