@@ -12,7 +12,9 @@ import importlib.util
 import os
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -33,15 +35,24 @@ class InterpretedFile(pytest.File):
         yield InterpretedTests.from_parent(self, name="interpreted")
 
 
+def _run(path: Path, marks: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-m", marks, path]
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
 class InterpretedTests(pytest.Item):
-    """Passes if all tests of its file do."""
+    """Passes if all tests of its file do. The first of them starts all, as many at once as there are cores."""
+
+    pool = ThreadPoolExecutor(os.cpu_count())
+    runs: ClassVar[dict[Path, Future]] = {}
 
     def runtest(self):
-        marks = self.config.getoption("-m")
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-m", marks, self.path]
-        paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-        env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        if not self.runs:
+            files = [item.path for item in self.session.items if isinstance(item, InterpretedTests)]
+            self.runs.update({path: self.pool.submit(_run, path, self.config.getoption("-m")) for path in files})
+        result = self.runs[self.path].result()
         self.add_report_section("call", "under the interpreter", result.stdout + result.stderr)
         # 5: the marks chosen leave no test.
         assert result.returncode in (0, 5), f"{self.path.name} failed under Triton's interpreter, see its output"
@@ -51,6 +62,10 @@ class InterpretedTests(pytest.Item):
 
     def reportinfo(self):
         return self.path, None, f"{self.path.name} under Triton's interpreter"
+
+
+def pytest_sessionfinish():
+    InterpretedTests.pool.shutdown(cancel_futures=True)
 
 
 @pytest.hookimpl(tryfirst=True)
