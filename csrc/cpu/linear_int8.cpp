@@ -278,7 +278,7 @@ struct Columns {
     constexpr float kStep2 = float(1.0 / (127.0 * 127.0));
     alignas(64) float y[N];
     for (int64_t j = 0; j < N; j += W) {
-      const I32 total = load_raw<I32>(sums + j) - kInt8Offset * load_raw<I32>(row_sums + j);
+      const I32 total = (I32)(load_raw<U32>(sums + j) - uint32_t(kInt8Offset) * load_raw<U32>(row_sums + j));
       const F32 v = __builtin_convertvector(total, F32) * (x.absmax[m] * load(absmax + j)) * kStep2;
       F32 extra = {};
       for (int64_t c = 0; c < x.width; ++c)

@@ -67,7 +67,8 @@ SIMD_INLINE I32 multiply_add(const Int* x, F32 w, I32 acc) { return acc + set1(*
 SIMD_INLINE void add_to(float* p, F32 v, const float* scale = nullptr) {
   store(p, scale ? fma(v, load(scale), load(p)) : load(p) + v);
 }
-SIMD_INLINE void add_to(int32_t* p, I32 v, const float* = nullptr) { store_raw(p, load_raw<I32>(p) + v); }
+// Sums that 128 was added to may wrap around on the way.
+SIMD_INLINE void add_to(int32_t* p, I32 v, const float* = nullptr) { store_raw(p, load_raw<U32>(p) + (U32)v); }
 
 // Steps summed in registers before they are added to the total: about what minimises float32's rounding error, which
 // must not exceed that of the matmul to compare with. bfloat16's own rounding hides it.
