@@ -140,8 +140,8 @@ def test_linear_any_shape_and_stride(isa, x, n, block_size, double_quant):
     with use_backend(isa):
         y = ops.linear_4bit(x, *weight, n, None)
         dx = ops.linear_4bit_dx(exact.to(x.dtype), *weight, k)
-    # Sums may cancel, so an error is measured by the size of their terms: roundings to x's dtype, and the bound of a sum
-    # in float32.
+    # Sums may cancel, so an error is measured by the size of their terms: roundings to x's dtype, and the bound of a
+    # sum in float32.
     y_terms, dx_terms = x.double().abs() @ w.t(), exact.abs() @ w
     for actual, expected, size_of_terms, terms in ((y, exact, y_terms, k), (dx, dx_exact, dx_terms, n)):
         assert actual.shape == expected.shape and actual.dtype == x.dtype
