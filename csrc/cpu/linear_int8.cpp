@@ -141,7 +141,7 @@ void quantize_int8_blocks(DType dtype, const void* x, int64_t n, int64_t block_s
   QUANTLIB_BY_DTYPE(dtype, quantize_flat, x, n, block_size, values, absmaxes);
 }
 
-// By rows, in the order of memory, twice: columns at a time took four times as long out of the cache.
+// By rows, in the order of memory, twice: columns at a time took 2.5 times as long out of the cache (14336 x 4096).
 template <class T>
 static void quantize_columns(const void* source, int64_t rows, int64_t k, int8_t* values, float* absmaxes) {
   const T* x = static_cast<const T*>(source);
