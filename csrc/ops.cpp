@@ -8,6 +8,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -17,11 +19,36 @@
 
 namespace quantlib {
 
+namespace {
+
+// The part of [0, n) that belongs to one thread, of which `next` pieces are taken.
+struct alignas(64) Share {
+  std::atomic<int64_t> next{0};
+};
+
+}  // namespace
+
 void parallel(int64_t n, int64_t grain, void (*f)(const void* context, int64_t begin, int64_t end),
               const void* context) {
+  constexpr int64_t kPieces = 8;
   if (n <= 0) return;
-  torch::stable::parallel_for(0, n, std::max<int64_t>(grain, 1),
-                              [=](int64_t begin, int64_t end) { f(context, begin, end); });
+  grain = std::max<int64_t>(grain, 1);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (n + grain - 1) / grain);
+  if (threads <= 1) return f(context, 0, n);
+  const std::unique_ptr<Share[]> shares(new Share[threads]);
+  const auto take_from = [&](int64_t owner) {
+    const int64_t begin = n * owner / threads, end = n * (owner + 1) / threads;
+    const int64_t piece = std::max(grain, (end - begin + kPieces - 1) / kPieces);
+    for (;;) {
+      const int64_t first = begin + shares[owner].next.fetch_add(1, std::memory_order_relaxed) * piece;
+      if (first >= end) return;
+      f(context, first, std::min(first + piece, end));
+    }
+  };
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t own = first; own < last; ++own)
+      for (int64_t i = 0; i < threads; ++i) take_from((own + i) % threads);
+  });
 }
 
 namespace {

@@ -126,16 +126,17 @@ class _Weight4bit(_QuantizedWeight):
 
     @property
     def quantized(self) -> Quantized4bit:
+        scales = self._buffers  # nn.Module takes half a microsecond to find each as an attribute
         return Quantized4bit(
             self.weight,
-            self.absmax,
-            self.nested_absmax,
-            self.nested_codebook,
-            self.offset,
-            quant_type=self.quant_type,
-            block_size=self.block_size,
-            shape=torch.Size(self._shape()),
-            dtype=self.weight_dtype,
+            scales["absmax"],
+            scales["nested_absmax"],
+            scales["nested_codebook"],
+            scales["offset"],
+            self.quant_type,
+            self.block_size,
+            torch.Size(self._shape()),
+            self.weight_dtype,
         )
 
     def set_quantized(self, q: Quantized4bit) -> None:
@@ -227,14 +228,14 @@ class Linear4bit(_QuantizedLinear, _Weight4bit, nn.Linear):
         if self.compute_dtype is None:
             return functional.linear_4bit(x, self.quantized, _cast(self.bias, x.dtype))
         dtype = self.compute_dtype
-        return functional.linear_4bit(x.to(dtype), self.quantized, _cast(self.bias, dtype)).to(x.dtype)
+        return _cast(functional.linear_4bit(_cast(x, dtype), self.quantized, _cast(self.bias, dtype)), x.dtype)
 
     def extra_repr(self) -> str:
         return f"{nn.Linear.extra_repr(self)}, {self._format_repr()}"
 
 
-def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else bias.to(dtype)
+def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return t if t is None or t.dtype == dtype else t.to(dtype)
 
 
 class Linear8bit(_QuantizedLinear, nn.Linear):

@@ -112,22 +112,24 @@ def _check_weight_4bit(
     block_size: int,
 ) -> None:
     check_format_4bit(op, quant_type, block_size)
-    nested = (nested_absmax, nested_codebook, offset)
     double_quant = nested_absmax is not None
-    if any((t is not None) != double_quant for t in nested):
+    if (nested_codebook is not None) != double_quant or (offset is not None) != double_quant:
         raise ValueError(
             f"quantlib.{op}: nested_absmax, nested_codebook and offset come together (double quant) or not at all"
         )
     blocks = -(-n // block_size)
-    expected = {"packed": (packed, torch.uint8, (n + 1) // 2)}
+    parts = [
+        ("packed", packed, torch.uint8, (n + 1) // 2),
+        ("absmax", absmax, torch.uint8 if double_quant else torch.float32, blocks),
+    ]
     if double_quant:
-        expected["absmax"] = (absmax, torch.uint8, blocks)
-        expected["nested_absmax"] = (nested_absmax, torch.float32, -(-blocks // NESTED_BLOCK_SIZE))
-        expected["nested_codebook"] = (nested_codebook, torch.float32, 256)
-        expected["offset"] = (offset, torch.float32, 1)
-    else:
-        expected["absmax"] = (absmax, torch.float32, blocks)
-    for name, (t, dtype, numel) in expected.items():
+        parts += [
+            ("nested_absmax", nested_absmax, torch.float32, -(-blocks // NESTED_BLOCK_SIZE)),
+            ("nested_codebook", nested_codebook, torch.float32, 256),
+            ("offset", offset, torch.float32, 1),
+        ]
+    device = packed.device
+    for name, t, dtype, numel in parts:
         if t.dtype != dtype:
             raise TypeError(f"quantlib.{op}: {name} is {t.dtype}; expected {dtype}")
         if t.numel() != numel:
@@ -135,15 +137,8 @@ def _check_weight_4bit(
                 f"quantlib.{op}: {name} has {t.numel()} elements; a weight of {n} elements in blocks of "
                 f"{block_size} has {numel}"
             )
-    _check_devices(
-        op,
-        "packed",
-        packed,
-        absmax=absmax,
-        nested_absmax=nested_absmax,
-        nested_codebook=nested_codebook,
-        offset=offset,
-    )
+        if t.device != device:
+            _check_devices(op, "packed", packed, **{name: t})
 
 
 def _check_last_dim(op: str, name: str, t: Tensor, size: int | None, meaning: str) -> None:

@@ -23,8 +23,9 @@ Isa best_isa();
 Isa isa();
 void set_isa(Isa isa);
 
-// Runs f(context, begin, end) over a partition of [0, n) on torch's thread pool; at least `grain` items each.
-// Defined in ops.cpp.
+// Runs f(context, begin, end) over a partition of [0, n) on torch's thread pool; at least `grain` items each, save the
+// last of a thread. A thread does its own share in pieces, then what is left of the others', so that none waits for one
+// that woke late or runs on a busy core. Defined in ops.cpp.
 void parallel(int64_t n, int64_t grain, void (*f)(const void* context, int64_t begin, int64_t end),
               const void* context);
 

@@ -18,7 +18,9 @@ constexpr int kFewAtOnce = 6;
 constexpr int64_t kStrip = 64;
 // Bytes of x, in three rows at least, that stay in L1 while the rows of a strip pass them. With a single row of 28 KB
 // the weights fetched ahead were gone before their turn, and a product out of the cache took 1.4 times as long.
-constexpr int64_t kFewBytes = 48 << 10;
+constexpr int64_t kFewBytes = 40 << 10;
+// Rows of the weight ahead that are fetched.
+constexpr int64_t kFewAhead = 8;
 // Rows of x are padded to a multiple of this.
 constexpr int64_t kGroup = 128;
 // Rows of the weight at a time: independent chains of sums that share the loads of x, as far as registers go.
@@ -109,13 +111,20 @@ template <int R>
 struct FewRows {
   const uint8_t* packed[R];
   int64_t origin[R];
+  const uint8_t* ahead;
+  int64_t ahead_row, ahead_columns;
 
-  SIMD_INLINE_MEMBER FewRows(const Weight4bit& w, int64_t k, int64_t first, int64_t end) {
+  // whole: they are read to their ends before the next, and are fetched in the order of memory.
+  SIMD_INLINE_MEMBER FewRows(const Weight4bit& w, int64_t k, int64_t first, int64_t end, bool whole)
+      : ahead(w.packed + (first + kFewAhead) * k / 2), ahead_row(whole ? 64 : k / 2), ahead_columns(whole ? R : 1) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       origin[r] = (first + r < end ? first + r : end - 1) * k;
       packed[r] = w.packed + origin[r] / 2;
     }
+  }
+  SIMD_INLINE_MEMBER void fetch_ahead(int64_t begin, int r) const {
+    __builtin_prefetch(ahead + begin / 2 * ahead_columns + r * ahead_row);
   }
 };
 
@@ -134,7 +143,7 @@ static void few_dots(const Weight4bit& w, const float* x, int64_t k, int64_t fir
                      int64_t stop, float* out) {
   constexpr int R = kFewColumns<M>;
   const FloatCodes codes(w.codebook);
-  const FewRows<R> rows(w, k, first, end);
+  const FewRows<R> rows(w, k, first, end, begin == 0 && stop == k);
   const int64_t length = (k + kGroup - 1) / kGroup * kGroup;
   const float* const absmax = w.absmax;
   const int shift = w.block_shift;
@@ -156,7 +165,7 @@ static void few_dots(const Weight4bit& w, const float* x, int64_t k, int64_t fir
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(rows.packed[r] + (begin + R * k) / 2);
+      rows.fetch_ahead(begin, r);
       const F32 scale = set1(absmax[(rows.origin[r] + begin) >> shift]);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) total[m * R + r] = fma(sum[m * R + r], scale, total[m * R + r]);
@@ -172,7 +181,7 @@ static void few_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t firs
                      int64_t stop, float* out) {
   constexpr int R = kFewColumns<M>;
   const __m512i table = codebook_bf16(w.codebook);
-  const FewRows<R> rows(w, k, first, end);
+  const FewRows<R> rows(w, k, first, end, begin == 0 && stop == k);
   const int64_t length = (k + kGroup - 1) / kGroup * kGroup;
   const float* const absmax = w.absmax;
   const int shift = w.block_shift;
@@ -183,7 +192,7 @@ static void few_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t firs
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       codes[r] = load_codes(rows.packed[r] + begin / 2);
-      __builtin_prefetch(rows.packed[r] + (begin + R * k) / 2);
+      rows.fetch_ahead(begin, r);
     }
 #pragma GCC unroll 4
     for (int s = 0; s < 4; ++s) {
@@ -248,7 +257,7 @@ static bool few_rows(const Product& p, const Weight4bit& w, const E* x, int64_t 
   if constexpr (M > 1)
     if (rows < M) return few_rows<T, E, M - 1>(p, w, x, m, rows, first, last);
   float sums[M * kStrip] = {};
-  const int64_t stretches = (p.depth * (M > 2 ? M : 3) * int64_t(sizeof(E)) + kFewBytes - 1) / kFewBytes;
+  const int64_t stretches = (p.depth * M * int64_t(sizeof(E)) + kFewBytes - 1) / kFewBytes;
   const int64_t depth = (p.depth / stretches + kGroup - 1) / kGroup * kGroup;
   for (int64_t k = 0; k < p.depth; k += depth)
     for (int64_t n = first; n < last; n += kFewColumns<M>)
