@@ -74,8 +74,15 @@ void linear_4bit(const Linear4bit& a) {
 
 void linear_4bit_dx(const Linear4bit& a) {
   const PlainWeight plain(a.w, 0, a.n * a.k);
+  const Product product{a.x, nullptr, a.m, a.k, a.n, a.y};
+#if QUANTLIB_LEVEL == 2
+  if (a.dtype == DType::bf16 && a.k % kColumns == 0) {
+    multiply<bf16, bf16>(product, [&](int64_t, int64_t last) { return PairPanels(plain.w, a.n, a.k, last); });
+    return;
+  }
+#endif
   const Rows4bit rows{plain.w, a.k};
-  multiply(a.dtype, {a.x, nullptr, a.m, a.k, a.n, a.y}, [&](int64_t, int64_t) { return ColumnPanels<Rows4bit>{rows}; });
+  multiply(a.dtype, product, [&](int64_t, int64_t) { return ColumnPanels<Rows4bit>{rows}; });
 }
 
 }  // namespace quantlib::QUANTLIB_ISA
