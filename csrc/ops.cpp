@@ -207,8 +207,8 @@ struct LoraBranch {
     const Tensor dropped = seed ? dropout_op(x, *seed, p) : x;
     s = torch::stable::new_empty(x, with_last(x, rank), ScalarType::Float);
     float* const data = s.mutable_data_ptr<float>();
-    lora_s(dtype_of(x, op), dropped.const_data_ptr(), m, k, dtype_of(a, op), a.const_data_ptr(), rank, data);
-    view = {rank, data, dtype_of(b, op), b.const_data_ptr(), float(scaling)};
+    lora_s(dtype_of(x, op), dropped.const_data_ptr(), m, k, dtype_of(a, op), a.const_data_ptr(), k, 1, rank, data);
+    view = {rank, data, dtype_of(b, op), b.const_data_ptr(), rank, 1, float(scaling)};
   }
   Tensor kept(const Tensor& x, bool keep) const {
     return keep ? torch::stable::to(s, x.scalar_type()) : torch::stable::new_empty(x, {0});
@@ -235,6 +235,52 @@ Tensor linear_4bit_op(const Tensor& x_, const Tensor& packed, const Tensor& absm
   return linear_4bit_of("linear_4bit", x, w.view, out_features, bias, {});
 }
 
+// The gradients of a linear op with its LoRA branch for x, a and b; those not needed are empty. s: dropout(x) a^T.
+// base_dx(dy, branch, dx) writes dy W + branch.
+template <class BaseDx>
+std::tuple<Tensor, Tensor, Tensor> lora_backward(const char* op, const Tensor& dy_, const Tensor& x_, const Tensor& s_,
+                                                 const Tensor& a_, const Tensor& b_, double scaling,
+                                                 const OptionalTensor& seed, double p, const std::vector<bool>& needed,
+                                                 const BaseDx& base_dx) {
+  const DType dtype = dtype_of(x_, op);
+  STD_TORCH_CHECK(a_.dim() == 2 && b_.dim() == 2 && x_.dim() > 0 && dy_.dim() > 0 && s_.dim() > 0 && needed.size() == 3,
+                  op, ": a and b must be matrices");
+  const Tensor dy = dense(dy_), x = dense(x_), a = dense(a_), b = dense(b_);
+  const int64_t m = rows_of(x), n = dy.size(dy.dim() - 1), k = x.size(x.dim() - 1), rank = a.size(0);
+  STD_TORCH_CHECK(rank > 0 && a.size(1) == k, op, ": a must be [rank, ", k, "]");
+  STD_TORCH_CHECK(b.size(0) == n && b.size(1) == rank, op, ": b must be [", n, ", ", rank, "]");
+  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && rows_of(dy) == m, op, ": dy must have the rows of x");
+  STD_TORCH_CHECK(s_.numel() == m * rank, op, ": s must be [", m, ", ", rank, "]");
+  const auto result = [&](bool wanted, const Tensor& t) {
+    return wanted ? empty(t, Sizes(t.sizes().begin(), t.sizes().end()), t.scalar_type())
+                  : torch::stable::new_empty(t, {0});
+  };
+  Tensor dx = result(needed[0], x), da = result(needed[1], a), db = result(needed[2], b);
+  Tensor ds = torch::stable::new_empty(x, {m, rank}, ScalarType::Float);  // without the scaling
+  if (needed[0] || needed[1])
+    lora_s(dtype, dy.const_data_ptr(), m, n, dtype_of(b, op), b.const_data_ptr(), 1, rank, rank,
+           ds.mutable_data_ptr<float>());
+  if (needed[0]) {
+    const Branch branch{rank, ds.const_data_ptr<float>(), dtype_of(a, op), a.const_data_ptr(), 1, k, float(scaling)};
+    base_dx(dy, seed ? Branch{} : branch, dx);
+    if (seed) {
+      const Tensor key = input(*seed, ScalarType::Long, 1, op, "seed");
+      add_dropped_branch(dtype, branch, m, k, uint64_t(*key.const_data_ptr<int64_t>()), p, dx.mutable_data_ptr());
+    }
+  }
+  if (needed[1]) {
+    const Tensor dropped = seed ? dropout_op(x, *seed, p) : x;
+    lora_outer(dtype, dropped.const_data_ptr(), m, k, ds.const_data_ptr<float>(), rank, float(scaling), dtype_of(a, op),
+               da.mutable_data_ptr(), k, 1);
+  }
+  if (needed[2]) {
+    const Tensor s = dense(torch::stable::to(s_, ScalarType::Float));
+    lora_outer(dtype, dy.const_data_ptr(), m, n, s.const_data_ptr<float>(), rank, float(scaling), dtype_of(b, op),
+               db.mutable_data_ptr(), 1, rank);
+  }
+  return {dx, da, db};
+}
+
 std::tuple<Tensor, Tensor> lora_linear_4bit_op(const Tensor& x_, const Tensor& packed, const Tensor& absmax,
                                                OptionalTensor nested_absmax, OptionalTensor nested_codebook,
                                                OptionalTensor offset, std::string quant_type, int64_t block_size,
@@ -259,6 +305,21 @@ Tensor linear_4bit_dx_op(const Tensor& dy_, const Tensor& packed, const Tensor& 
   const Tensor dy = dense(dy_);
   linear_4bit_dx({dtype, dy.const_data_ptr(), w.view, nullptr, m, n, in_features, dx.mutable_data_ptr()});
   return dx;
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear_4bit_backward_op(
+    const Tensor& dy, const Tensor& x, const Tensor& s, const Tensor& packed, const Tensor& absmax,
+    OptionalTensor nested_absmax, OptionalTensor nested_codebook, OptionalTensor offset, std::string quant_type,
+    int64_t block_size, const Tensor& a, const Tensor& b, double scaling, OptionalTensor seed, double p,
+    std::vector<bool> needed) {
+  constexpr const char* op = "lora_linear_4bit_backward";
+  return lora_backward(
+      op, dy, x, s, a, b, scaling, seed, p, needed, [&](const Tensor& dy, const Branch& branch, Tensor& dx) {
+        const int64_t n = b.size(0), k = a.size(1);
+        const Weight w(packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size, n * k, op);
+        linear_4bit_dx(
+            {dtype_of(dy, op), dy.const_data_ptr(), w.view, nullptr, rows_of(dy), n, k, dx.mutable_data_ptr(), branch});
+      });
 }
 
 Tensor embedding_4bit_op(const Tensor& indices_, const Tensor& packed, const Tensor& absmax,
@@ -378,6 +439,23 @@ Tensor linear_int8_dx_op(const Tensor& dy_, const Tensor& values_, const Tensor&
   return dx;
 }
 
+std::tuple<Tensor, Tensor, Tensor> lora_linear_int8_backward_op(const Tensor& dy, const Tensor& x, const Tensor& s,
+                                                                const Tensor& values_, const Tensor& absmax_,
+                                                                const Tensor& a, const Tensor& b, double scaling,
+                                                                OptionalTensor seed, double p,
+                                                                std::vector<bool> needed) {
+  constexpr const char* op = "lora_linear_int8_backward";
+  return lora_backward(op, dy, x, s, a, b, scaling, seed, p, needed,
+                       [&](const Tensor& dy, const Branch& branch, Tensor& dx) {
+                         const int64_t n = b.size(0), k = a.size(1);
+                         const Tensor values = input(values_, ScalarType::Char, n * k, op, "values");
+                         const Tensor absmax = input(absmax_, ScalarType::Float, n, op, "absmax");
+                         linear_int8_dx({dtype_of(dy, op), dy.const_data_ptr(), values.const_data_ptr<int8_t>(),
+                                         absmax.const_data_ptr<float>(), nullptr, 0.0f, rows_of(dy), n, k,
+                                         dx.mutable_data_ptr(), branch});
+                       });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(quantlib, CPU, m) {
@@ -392,7 +470,9 @@ STABLE_TORCH_LIBRARY_IMPL(quantlib, CPU, m) {
   m.impl("linear_int8_dx", TORCH_BOX(&linear_int8_dx_op));
   m.impl("dropout", TORCH_BOX(&dropout_op));
   m.impl("lora_linear_4bit", TORCH_BOX(&lora_linear_4bit_op));
+  m.impl("lora_linear_4bit_backward", TORCH_BOX(&lora_linear_4bit_backward_op));
   m.impl("lora_linear_int8", TORCH_BOX(&lora_linear_int8_op));
+  m.impl("lora_linear_int8_backward", TORCH_BOX(&lora_linear_int8_backward_op));
 }
 
 // The Python module: which instruction sets this CPU has, best first, and which one is in force.

@@ -144,14 +144,9 @@ def _all() -> Iterable[str]:
     return ops.SCHEMAS
 
 
-def _cpu_ops() -> Iterable[str]:
-    """LoRA's backward passes are composed: fusing them would save 3% of their time at most."""
-    return (op for op in ops.SCHEMAS if op not in ("lora_linear_4bit_backward", "lora_linear_int8_backward"))
-
-
 # In the order in which `auto` considers them.
 BACKENDS: tuple[Backend, ...] = (
-    *(Backend(name, "cpu", _cpu_ops, _registered, _cpu_missing(name)) for name in _CPU_LEVELS),
+    *(Backend(name, "cpu", _all, _registered, _cpu_missing(name)) for name in _CPU_LEVELS),
     Backend(
         "triton",
         None if _INTERPRETED else "cuda",

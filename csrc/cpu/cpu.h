@@ -84,16 +84,24 @@ void dequantize_4bit(const Weight4bit& w, int64_t n, DType dtype, void* out);
 // out[i] = row indices[i] of the weight, which has `dim` columns.
 void embedding_4bit(const Weight4bit& w, const int64_t* indices, int64_t count, int64_t dim, DType dtype, void* out);
 
-// The end of a LoRA branch: y[m, n] += scaling * s[m, rank] b[n, rank]^T; none with rank 0.
+// The end of a LoRA branch: y[m, n] += scaling * s[m, rank] b^T, where b[i, j] = b[i * row + j * column], i < n; none
+// with rank 0.
 struct Branch {
   int64_t rank = 0;
   const float* s = nullptr;
   DType dtype = DType::f32;
   const void* b = nullptr;  // of type dtype
+  int64_t row = 0, column = 0;
   float scaling = 0;
 };
-// Its beginning: s[m, rank] = x[m, k] a[rank, k]^T, summed in float32.
-void lora_s(DType x_dtype, const void* x, int64_t m, int64_t k, DType a_dtype, const void* a, int64_t rank, float* s);
+// Its beginning: s[m, rank] = x[m, k] a^T, where a[j, i] = a[j * row + i * column], summed in float32.
+void lora_s(DType x_dtype, const void* x, int64_t m, int64_t k, DType a_dtype, const void* a, int64_t row,
+            int64_t column, int64_t rank, float* s);
+// The gradient of one of its factors: out[j * row + i * column] = scaling * sum of s[m, j] x[m, i] over m, in float32.
+void lora_outer(DType x_dtype, const void* x, int64_t m, int64_t k, const float* s, int64_t rank, float scaling,
+                DType dtype, void* out, int64_t row, int64_t column);
+// y[m, n] += dropout of the branch's rows, each rounded to dtype.
+void add_dropped_branch(DType dtype, const Branch& branch, int64_t m, int64_t n, uint64_t seed, double p, void* y);
 
 // y[m, n] = x[m, k] w[n, k]^T + bias[n]; bias may be null.
 struct Linear4bit {
@@ -106,7 +114,7 @@ struct Linear4bit {
   Branch branch = {};
 };
 void linear_4bit(const Linear4bit& a);
-// y[m, k] = x[m, n] w[n, k]: x is the gradient of the output, y that of the input; no bias.
+// y[m, k] = x[m, n] w[n, k] + branch: x is the gradient of the output, y that of the input; no bias.
 void linear_4bit_dx(const Linear4bit& a);
 
 // Row-wise absmax int8 of x[rows, k]. outliers[k] is null without a threshold, else zeroed by the caller.
@@ -132,7 +140,8 @@ struct LinearInt8 {
   Branch branch = {};
 };
 void linear_int8(const LinearInt8& a);
-// y[m, k] = x[m, n] dequantize(w)[n, k]: the gradient of the input from that of the output; no bias, no threshold.
+// y[m, k] = x[m, n] dequantize(w)[n, k] + branch: the gradient of the input from that of the output; no bias, no
+// threshold.
 void linear_int8_dx(const LinearInt8& a);
 
 // out = x / (1 - p) where Philox keeps the element, else 0.

@@ -74,7 +74,7 @@ void linear_4bit(const Linear4bit& a) {
 
 void linear_4bit_dx(const Linear4bit& a) {
   const PlainWeight plain(a.w, 0, a.n * a.k);
-  const Product product{a.x, nullptr, a.m, a.k, a.n, a.y};
+  const Product product{a.x, nullptr, a.m, a.k, a.n, a.y, nullptr, a.branch};
 #if QUANTLIB_LEVEL == 2
   if (a.dtype == DType::bf16 && a.k % kColumns == 0) {
     multiply<bf16, bf16>(product, [&](int64_t, int64_t last) { return PairPanels(plain.w, a.n, a.k, last); });

@@ -406,7 +406,7 @@ void linear_int8_dx(const LinearInt8& a) {
   const Scratch<float> scale(3, a.n);
   for (int64_t n = 0; n < a.n; ++n) scale[n] = a.w_absmax[n] * kStep;
   const RowsInt8 rows{a.w, a.k};
-  multiply(a.dtype, {a.x, nullptr, a.m, a.k, a.n, a.y, scale},
+  multiply(a.dtype, {a.x, nullptr, a.m, a.k, a.n, a.y, scale, a.branch},
            [&](int64_t, int64_t) { return ColumnPanels<RowsInt8>{rows}; });
 }
 

@@ -361,21 +361,6 @@ struct Product {
   Branch branch = {};
 };
 
-static void add_branch(const Branch& branch, float* sums, int64_t stride, int64_t m0, int64_t rows, int64_t c0,
-                       int64_t count) {
-  const int64_t width = (count + W - 1) / W * W;
-  const Scratch<float> b(7, branch.rank * width);
-  __builtin_memset(b, 0, sizeof(float) * branch.rank * width);
-  turn_branch(branch, c0, count, b, width);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < width; c += W) {
-      F32 sum = load(sums + r * stride + c);
-      for (int64_t j = 0; j < branch.rank; ++j)
-        sum = fma(set1(branch.s[(m0 + r) * branch.rank + j]), load(b + j * width + c), sum);
-      store(sums + r * stride + c, sum);
-    }
-}
-
 // Adds branch and bias, rounds and stores `count` columns from c0 on of rows of sums, `stride` floats each and whole
 // vectors. Returns whether all sums of the base are finite.
 template <class T>

@@ -1,5 +1,7 @@
 """The C++ kernels of a linear layer with its LoRA branch, on every instruction set of this CPU."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -110,6 +112,70 @@ def test_dropout_is_that_of_the_op(isa):
     torch.testing.assert_close(s, dropped @ a.t())
 
 
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("kind", ["4bit", "int8"])
+@pytest.mark.parametrize("p, seed", [(0.0, None), (0.25, 7)])
+@pytest.mark.parametrize("m, n, k, rank", [(1, 256, 512, 16), (5, 129, 333, 3), (40, 70, 704, 8), (130, 100, 256, 33)])
+def test_gradients_within_error_budget(isa, dtype, kind, m, n, k, rank, p, seed):
+    """Of plain PyTorch, which rounds what it multiplies by the branch's factors."""
+    x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
+    a, b, scaling = branch(x, n, rank, dtype)
+    seed = None if seed is None else torch.tensor([seed])
+    weight = weight_4bit(n, k, double_quant=True) if kind == "4bit" else weight_int8(n, k)
+    s = (reference.dropout(x, seed, p) if seed is not None else x) @ a.t()
+    op = f"lora_linear_{kind}_backward"
+    run = lambda function, convert: function(  # noqa: E731
+        *map(convert, (dy, x, s)), *weight, *map(convert, (a, b)), scaling, seed, p, [True] * 3
+    )
+    with use_backend(isa):
+        actual = run(getattr(ops, op), lambda t: t)
+    plain, exact = (run(getattr(reference, op), convert) for convert in (lambda t: t, torch.Tensor.double))
+    for name, got, expected, truth in zip(("dx", "da", "db"), actual, plain, exact, strict=True):
+        assert got.dtype == expected.dtype and got.shape == expected.shape, name
+        assert_error_within(got, expected, truth, factor=1.5)
+
+
+@every_isa
+@forall(
+    x=tensors(special=False),
+    n=st.integers(0, 50),
+    rank=st.integers(1, 20),
+    factor_dtype=dtypes,
+    needed=st.lists(st.booleans(), min_size=3, max_size=3),
+)
+def test_gradients_of_any_shape_stride_and_dtype(isa, x, n, rank, factor_dtype, needed):
+    k = x.shape[-1]
+    weight = weight_4bit(n, k)
+    a, b, scaling = branch(x, n, rank, factor_dtype)
+    dy, s = torch.randn(*x.shape[:-1], n).to(x.dtype), torch.randn(*x.shape[:-1], rank).to(x.dtype)
+    strided = b.t().contiguous().t()
+    with use_backend(isa):
+        results = ops.lora_linear_4bit_backward(dy, x, s, *weight, a, strided, scaling, None, 0.0, needed)
+    w = reference.dequantize_4bit(*weight, (n, k), torch.float64)
+    rows = lambda t: t.double().reshape(math.prod(t.shape[:-1]), t.shape[-1])  # noqa: E731
+
+    def gradients(absolute):
+        d, i, o, wd, ad, bd = (absolute(t) for t in (rows(dy), rows(x), rows(s), w, a.double(), b.double()))
+        return (d @ wd + scaling * d @ bd @ ad).view(x.shape), scaling * (d @ bd).t() @ i, scaling * d.t() @ o
+
+    terms = (n + rank, n + x.numel(), x.numel())
+    for wanted, got, exact, size, count, dtype in zip(
+        needed,
+        results,
+        gradients(lambda t: t),
+        gradients(torch.abs),
+        terms,
+        (x.dtype, factor_dtype, factor_dtype),
+        strict=True,
+    ):
+        assert got.dtype == dtype and got.shape == (exact.shape if wanted else (0,))
+        if wanted:
+            eps = 2 * max(torch.finfo(t).eps for t in (x.dtype, dtype)) + count * 2.0**-24
+            floor = 2.0**-24 * (1 + n) if torch.float16 in (x.dtype, dtype) else 0.0  # all that float16 has to offer
+            assert ((got.double() - exact).abs() <= eps * size + floor).all()
+
+
 def test_what_would_read_beyond_a_tensor_is_refused():
     x, weight = torch.randn(2, 64), weight_4bit(8, 64)
     a, b, scaling = branch(x, 8, 4, torch.float32)
@@ -118,3 +184,8 @@ def test_what_would_read_beyond_a_tensor_is_refused():
             ops.lora_linear_4bit(x, *weight, None, wrong_a, wrong_b, scaling, None, 0.0, False)
     with pytest.raises(RuntimeError, match="elements"):
         ops.lora_linear_4bit(x, *weight, None, a, torch.randn(9, 4), scaling, None, 0.0, False)
+    dy, s = torch.randn(2, 8), torch.randn(2, 4)
+    rest = (*weight, a, b, scaling, None, 0.0, [True] * 3)
+    for wrong in ((dy[:1], x, s), (dy, x, s[:, :3]), (dy[:, :7], x, s), (dy.half(), x, s)):
+        with pytest.raises(RuntimeError, match="must"):
+            ops.lora_linear_4bit_backward(*wrong, *rest)
