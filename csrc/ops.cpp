@@ -39,10 +39,10 @@ void parallel(int64_t n, int64_t grain, void (*f)(const void* context, int64_t b
   const auto take_from = [&](int64_t owner) {
     const int64_t begin = n * owner / threads, end = n * (owner + 1) / threads;
     const int64_t piece = std::max(grain, (end - begin + kPieces - 1) / kPieces);
-    for (;;) {
-      const int64_t first = begin + shares[owner].next.fetch_add(1, std::memory_order_relaxed) * piece;
-      if (first >= end) return;
-      f(context, first, std::min(first + piece, end));
+    std::atomic<int64_t>& next = shares[owner].next;
+    while (begin + next.load(std::memory_order_relaxed) * piece < end) {  // looking is cheap, taking is not
+      const int64_t first = begin + next.fetch_add(1, std::memory_order_relaxed) * piece;
+      if (first < end) f(context, first, std::min(first + piece, end));
     }
   };
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {

@@ -142,7 +142,6 @@ def _shape(text: str) -> tuple[int, int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-
     tunable = sorted(op for op, parts in TUNABLES.items() if parts.candidates and parts.problem)
     parser = argparse.ArgumentParser(prog="python -m quant_triton.tune", description=__doc__.splitlines()[0])
     parser.add_argument("ops", nargs="*", metavar="op", help=f"all by default: {', '.join(tunable)}")

@@ -257,7 +257,7 @@ def test_linear_is_reproducible_for_any_number_of_threads(isa, dtype, m):
     x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
     threads, results = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 2):
+        for count in (1, 2, 7):
             torch.set_num_threads(count)
             with use_backend(isa):
                 results.append((ops.linear_4bit(x, *weight, n, None), ops.linear_4bit_dx(dy, *weight, k)))
