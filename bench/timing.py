@@ -1,8 +1,10 @@
 """Times of several functions, measured in turn.
 
-The contestants of a comparison take turns within one process, in an order that rotates, so that a machine that
-slows down slows all of them. A contestant is one callable, or several that do the same on different copies of their
-data and are cycled through: with copies that exceed the cache together, every call finds its data in memory.
+The contestants of a comparison take turns within one process, in an order drawn anew for every round, so that a machine
+that slows down slows all of them, and each follows every other equally often: what comes after a slow one that empties
+the caches took up to a quarter longer, for milliseconds. A contestant is one callable, or several that do the same on
+different copies of their data and are cycled through: with copies that exceed the cache together, every call finds its
+data in memory.
 
 On a GPU a call is timed by events from an idle device, so that what it costs to launch counts, as users feel it;
 `graph` is the time per call inside a CUDA graph, where it does not. `host` is how long the call keeps Python busy.
@@ -11,6 +13,7 @@ On a GPU a call is timed by events from an idle device, so that what it costs to
 from __future__ import annotations
 
 import ctypes
+import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -183,13 +186,13 @@ class _Contestant:
 
 
 def _rounds(turns: Sequence[Call], seconds: float, min_rounds: int, max_rounds: int) -> None:
-    """Takes turns until the time is up, starting each round with the next contestant."""
+    """Takes turns until the time is up, in an order that is drawn for each round, the same in every run."""
     deadline = time.perf_counter() + seconds
+    order = random.Random(0)
     for done in range(max_rounds):
         if done >= min_rounds and time.perf_counter() >= deadline:
             break
-        first = done % len(turns)
-        for turn in (*turns[first:], *turns[:first]):
+        for turn in order.sample(turns, len(turns)):
             turn()
 
 

@@ -1,6 +1,8 @@
 """Timing: turns, copies, quantiles, memory; and the GPU's way through a stand-in for torch.cuda."""
 
 import sys
+from collections import Counter
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -17,10 +19,18 @@ def test_quantile(values, q):
     assert timing.quantile(values, q) == pytest.approx(expected, abs=1e-9)
 
 
-def test_contestants_take_turns_and_the_first_one_changes():
+def test_contestants_take_turns_and_follow_each_other_equally_often():
     turns = []
-    timing._rounds([lambda name=name: turns.append(name) for name in "abc"], seconds=0, min_rounds=4, max_rounds=9)
-    assert "".join(turns) == "abcbcacababc"
+    run = [lambda name=name: turns.append(name) for name in "abc"]
+    timing._rounds(run, seconds=0, min_rounds=600, max_rounds=600)
+    rounds = ["".join(turns[i : i + 3]) for i in range(0, len(turns), 3)]
+    assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
+    follows = Counter(pairwise(turns))
+    counts = [follows[a, b] for a in "abc" for b in "abc" if a != b]
+    assert max(counts) < 1.3 * min(counts)  # 267 each, but for chance
+    again = []
+    timing._rounds([lambda name=name: again.append(name) for name in "abc"], 0, 600, 600)
+    assert again == turns
 
 
 def test_rounds_end_with_the_time_or_the_maximum():
