@@ -22,9 +22,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import quantlib
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler announces itself on stderr
-GROUPS = ("base linear", "LoRA", "attention", "norm + activation", "loss", "optimizer", "other")
+GROUPS = ("base linear", "LoRA", "base + LoRA", "attention", "norm + activation", "loss", "optimizer", "other")
 _LABEL = "bench: "
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::linear", "aten::matmul", "aten::_addmm_activation")
+_FUSED_OPS = ("quantlib::lora_linear", "quantlib_triton::lora_linear")  # one op, which no profile takes apart
 _BASE_OPS = ("quantlib::linear", "quantlib::dequantize", "bitsandbytes::", "MatMul4Bit")
 _BASE_KERNELS = ("kDequantize", "kgemm_4bit", "kGemm4bit", "dequantize_4bit", "dequantize_blockwise")
 _ATTENTION_OPS = ("aten::scaled_dot_product", "aten::_scaled_dot_product", "aten::_flash_attention")
@@ -94,6 +95,8 @@ def _by_work(chain: Sequence[Any], kernel: str, rank: int, vocab: int) -> str | 
         return "base linear"
     inside = list(takewhile(lambda event: not event.name.startswith((_LABEL, _NODE)), chain))
     for event in inside:
+        if event.name.startswith(_FUSED_OPS):
+            return "base + LoRA"
         if event.name.startswith(_BASE_OPS):
             return "base linear"
         if event.name.startswith(_ATTENTION_OPS) or "AttentionBackward" in event.name:

@@ -94,7 +94,10 @@ def test_time_is_split(record):
     for row in record["results"]:
         if row["status"] == "ok" and row["task"] == "train":
             assert list(row["split"]) == list(GROUPS)
-            assert all(row["split"][group] > 0 for group in GROUPS), row["split"]
+            base = {"base linear", "base + LoRA"}
+            assert all(row["split"][group] > 0 for group in GROUPS if group not in base), row["split"]
+            ours = row["peer"] == OURS
+            assert (row["split"]["base + LoRA"] > 0) == ours and (row["split"]["base linear"] > 0) != ours, row["split"]
 
 
 def test_report(record, tmp_path):
