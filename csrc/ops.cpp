@@ -191,6 +191,15 @@ Tensor dropout_op(const Tensor& x_, const Tensor& seed, double p) {
   return out;
 }
 
+// The rank of a LoRA branch a[rank, k], b[n, rank], checked.
+int64_t rank_of(const char* op, const Tensor& a, const Tensor& b, int64_t n, int64_t k) {
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2, op, ": a and b must be matrices");
+  const int64_t rank = a.size(0);
+  STD_TORCH_CHECK(rank > 0 && a.size(1) == k, op, ": a must be [rank, ", k, "]");
+  STD_TORCH_CHECK(b.size(0) == n && b.size(1) == rank, op, ": b must be [", n, ", ", rank, "]");
+  return rank;
+}
+
 // The LoRA branch of a linear op, with s = dropout(x) a^T computed.
 struct LoraBranch {
   Tensor s, b;
@@ -199,10 +208,8 @@ struct LoraBranch {
   LoraBranch(const Tensor& x, int64_t out_features, const Tensor& a_, const Tensor& b_, double scaling,
              const OptionalTensor& seed, double p, const char* op)
       : s(x), b(dense(b_)), view{} {
-    STD_TORCH_CHECK(a_.dim() == 2 && b_.dim() == 2 && x.dim() > 0, op, ": a and b must be matrices");
-    const int64_t rank = a_.size(0), k = x.size(x.dim() - 1), m = rows_of(x);
-    STD_TORCH_CHECK(rank > 0 && a_.size(1) == k, op, ": a must be [rank, ", k, "]");
-    STD_TORCH_CHECK(b.size(0) == out_features && b.size(1) == rank, op, ": b must be [", out_features, ", ", rank, "]");
+    STD_TORCH_CHECK(x.dim() > 0, op, ": the input needs at least one dimension");
+    const int64_t k = x.size(x.dim() - 1), m = rows_of(x), rank = rank_of(op, a_, b_, out_features, k);
     const Tensor a = dense(a_);
     const Tensor dropped = seed ? dropout_op(x, *seed, p) : x;
     s = torch::stable::new_empty(x, with_last(x, rank), ScalarType::Float);
@@ -243,12 +250,9 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(const char* op, const Tensor& d
                                                  const OptionalTensor& seed, double p, const std::vector<bool>& needed,
                                                  const BaseDx& base_dx) {
   const DType dtype = dtype_of(x_, op);
-  STD_TORCH_CHECK(a_.dim() == 2 && b_.dim() == 2 && x_.dim() > 0 && dy_.dim() > 0 && s_.dim() > 0 && needed.size() == 3,
-                  op, ": a and b must be matrices");
+  STD_TORCH_CHECK(x_.dim() > 0 && dy_.dim() > 0 && needed.size() == 3, op, ": x and dy must have rows, needed 3 flags");
   const Tensor dy = dense(dy_), x = dense(x_), a = dense(a_), b = dense(b_);
-  const int64_t m = rows_of(x), n = dy.size(dy.dim() - 1), k = x.size(x.dim() - 1), rank = a.size(0);
-  STD_TORCH_CHECK(rank > 0 && a.size(1) == k, op, ": a must be [rank, ", k, "]");
-  STD_TORCH_CHECK(b.size(0) == n && b.size(1) == rank, op, ": b must be [", n, ", ", rank, "]");
+  const int64_t m = rows_of(x), n = dy.size(dy.dim() - 1), k = x.size(x.dim() - 1), rank = rank_of(op, a, b, n, k);
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && rows_of(dy) == m, op, ": dy must have the rows of x");
   STD_TORCH_CHECK(s_.numel() == m * rank, op, ": s must be [", m, ", ", rank, "]");
   const auto result = [&](bool wanted, const Tensor& t) {

@@ -276,13 +276,21 @@ def test_the_result_may_be_modified_in_place():
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
 @pytest.mark.parametrize("wanted", ["x", "A", "B", "bias"])
-def test_computes_only_the_gradients_asked_for(wanted, monkeypatch):
+def test_computes_only_the_gradients_asked_for(wanted, kind, monkeypatch):
     from lora_ops import functional
 
     calls = []
     monkeypatch.setattr(functional, "matmul_dx", lambda *a: calls.append(a) or torch.zeros(17, 32))
-    leaves = dict(zip(["x", "base", "A", "B", "bias", "dense"], make_inputs("dense"), strict=True))
+    whole = functional._whole
+
+    def watched(x, tensors, suffix=""):
+        kernel = whole(x, tensors, suffix)
+        return kernel and (lambda *args: (calls.append(args) if suffix and args[-1][0] else None, kernel(*args))[1])
+
+    monkeypatch.setattr(functional, "_whole", watched)
+    leaves = dict(zip(["x", "base", "A", "B", "bias", "dense"], make_inputs(kind), strict=True))
     for name in ("x", "A", "B", "bias"):
         leaves[name].requires_grad_(name == wanted)
     y = lora_linear(leaves["x"], leaves["base"], leaves["A"], leaves["B"], 2.0, leaves["bias"], 0.1)

@@ -28,8 +28,9 @@ def test_other_devices_run_the_reference():
 def test_base_and_branch_are_composed_where_no_kernel_has_both():
     explanation = quantlib.explain("lora_linear_4bit_backward", "xpu")
     assert explanation.chosen == "reference" and "composed" in explanation.verdicts["reference"]
-    assert backends.fused("lora_linear_4bit_backward", torch.device("xpu")) is None
-    assert backends.fused("lora_linear_4bit_backward", torch.device("cpu")) is not None
+    for op in ("lora_linear_4bit", "lora_linear_4bit_backward"):
+        assert backends.fused(op, torch.device("xpu")) is None
+        assert backends.fused(op, torch.device("cpu")) is not None
     with quantlib.use_backend("reference"):
         assert backends.fused("lora_linear_4bit_backward", torch.device("xpu")) is not None
 
