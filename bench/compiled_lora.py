@@ -1,10 +1,10 @@
 """The LoRA kernels as they are compiled, see `bench.compiled`: a layer of 4096 x 14336, 8192 rows."""
 
-import torch
-
 from bench.compiled import Expect, Variant
-from quant_triton import low_rank, merge
+from bench.compiled_nf4 import TORCH, branch
+from quant_triton import low_rank, merge, parts
 from quant_triton.launch import ARCHITECTURES, default
+from quant_triton.low_rank_tiles import branch_factors
 
 M, N, K = 8192, 4096, 14336
 _TENSOR_CORES = {
@@ -18,12 +18,14 @@ _MMA = dict.fromkeys(ARCHITECTURES, "") | _TENSOR_CORES
 
 
 def _variant(name, kernel, signature, op, key, constants, dtype="bf16", **expect):
-    torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
     return Variant(
         f"lora {name} {dtype}",
         kernel,
         {argument: kind.replace("T", dtype) for argument, kind in signature.items()},
-        lambda arch: {**constants, **default(op, arch, dtype=torch_dtype, **key)},
+        lambda arch: {
+            **(constants(arch) if callable(constants) else constants),
+            **default(op, arch, dtype=TORCH[dtype], **key),
+        },
         {"enable_fp_fusion": op != "lora_merge"},
         # float32 must not be rounded to TF32, which is what tensor cores would do.
         Expect(**({"tensor": _MMA} if dtype == "bf16" else {"absent": (r"mma\.",)}), **expect),
@@ -67,9 +69,10 @@ def _da(r, drop, dtype="bf16"):
 
 
 def _add(r, drop, dtype="bf16"):
-    signature = {"out": "*T", "left": "*T", "right": "*fp32", "seed": "*i64", "m": "i32", "n": "i32:16"}
-    signature |= {"rank": "i32:16", "stride_column": "i64:16", "threshold": "i32", "scale": "fp32"}
-    constants = {"DROP": drop, "QUADS": True, "stride_factor": 1}
+    def constants(arch):
+        return {"RANK": branch_factors(arch, r, TORCH[dtype]), "stride_feature": 1, "DROP": drop, "QUADS": True}
+
+    signature = {"out": "*T", "m": "i32", "n": "i32:16", **branch(dtype, transposed=True)}
     key = {"m": 2048, "n": N, "r": r, "drop": drop}
     name = f"add r={r}{' dropout' if drop else ''}"
     return _variant(name, low_rank._add_kernel, signature, "lora_add", key, constants, dtype, load=16, store=16)
@@ -97,10 +100,10 @@ VARIANTS = [
     _dy(64, "fp32"),
     _merge(64, 4, True, "fp32"),
     Variant(
-        "lora sum",
-        low_rank._sum_kernel,
-        {"parts": "*fp32", "out": "*bf16", "count": "i32", "n": "i32:16"},
-        {"BLOCK": 1024},
+        "sum of parts",
+        parts.sum_kernel,
+        {"parts": "*fp32", "out": "*bf16", "count": "i32", "size": "i32:16"},
+        {"BLOCK": parts.BLOCK},
         {"enable_fp_fusion": True},
         Expect(load=16, store=16),
     ),

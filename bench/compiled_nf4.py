@@ -11,6 +11,7 @@ from quant_triton.launch import ARCHITECTURES, Architecture, default
 from quant_triton.linear_4bit import chunk_size
 from quant_triton.linear_4bit_backward import linear_4bit_dx_kernel
 from quant_triton.linear_4bit_kernels import linear_4bit_kernel
+from quant_triton.low_rank_tiles import branch_factors
 
 TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -74,6 +75,13 @@ def _scaled_lookup(arch: Architecture, dtype: str) -> str:
     return scaled_lookup_ptx("nf4", TORCH[dtype]) if in_registers else ""
 
 
+def branch(dtype: str, transposed: bool = False) -> dict[str, str]:
+    """The signature of a branch of low rank; transposed: its b is a transposed matrix."""
+    strides = ("stride_factor",) if transposed else ("stride_feature",)
+    numbers = {"rank": "i32:16", "scaling": "fp32", "threshold": "i32"}
+    return {"lora_s": f"*{dtype}", "lora_b": "*fp32", "lora_seed": "*i64"} | numbers | dict.fromkeys(strides, "i32:16")
+
+
 def _linear(m: int, dtype: str, nested: bool = False, block_size: int = 64, rank: int = 0, experts: int = 0) -> Variant:
     """`linear_4bit` of m rows by a [4096, 4096] weight."""
     chunk = chunk_size(block_size)
@@ -83,7 +91,8 @@ def _linear(m: int, dtype: str, nested: bool = False, block_size: int = 64, rank
         scaled = settings["SCALED"]
         lookup = (_scaled_lookup if scaled else _lookup)(arch, dtype)
         shape = {"BLOCK_SIZE": block_size, "CHUNK": scaled or chunk, "EVEN": True}
-        extras = {"BIAS": True, "RANK": rank, "EXPERTS": experts}
+        extras = {"BIAS": True, "DROP": False, "stride_factor": 1, "EXPERTS": experts}
+        extras["RANK"] = rank and branch_factors(arch, rank, TORCH[dtype])
         return {"DOUBLE_QUANT": nested, "LOOKUP": lookup} | shape | extras | settings
 
     name = f"linear_4bit m={m} {dtype}" + " nested" * nested + f" block={block_size}" * (block_size != 64)
@@ -92,9 +101,10 @@ def _linear(m: int, dtype: str, nested: bool = False, block_size: int = 64, rank
         name + f" rank={rank}" * bool(rank) + " experts" * bool(experts),
         linear_4bit_kernel,
         weight(nested)
-        | dict.fromkeys(("x", "bias", "lora_s", "lora_b", "out"), f"*{dtype}")
+        | branch(dtype)
+        | dict.fromkeys(("x", "bias", "out"), f"*{dtype}")
         | {"ends": "*i32", "m": "i32", "n": "i32:16", "k": "i32:16", "stride_x": "i32:16"}
-        | {"codes": f"*{dtype}" if m < 64 else "*fp32", "rank": "i32", "scaling": "fp32", "experts": "i32"},
+        | {"codes": f"*{dtype}" if m < 64 else "*fp32", "experts": "i32"},
         constants,
         {"enable_fp_fusion": True},
         Expect(tensor=tensor if dtype != "fp32" else {}, load=8 if block_size > 32 else 4),
@@ -102,7 +112,9 @@ def _linear(m: int, dtype: str, nested: bool = False, block_size: int = 64, rank
     )
 
 
-def _linear_dx(m: int, dtype: str, nested: bool = False, block_size: int = 64, experts: int = 0) -> Variant:
+def _linear_dx(
+    m: int, dtype: str, nested: bool = False, block_size: int = 64, rank: int = 0, drop: bool = False, experts: int = 0
+) -> Variant:
     """`linear_4bit_dx` of m rows by a [4096, 4096] weight."""
     chunk = chunk_size(block_size)
 
@@ -110,13 +122,15 @@ def _linear_dx(m: int, dtype: str, nested: bool = False, block_size: int = 64, e
         settings = default("linear_4bit_dx", arch, m=m, n=4096, k=4096, chunk=chunk, dtype=TORCH[dtype])
         shape = {"CHUNK": chunk, "CHUNKS_PER_BLOCK": block_size // chunk, "EVEN": True}
         extras = {"DOUBLE_QUANT": nested, "LOOKUP": _scaled_lookup(arch, dtype), "EXPERTS": experts}
+        extras |= {"RANK": rank and branch_factors(arch, rank, TORCH[dtype]), "DROP": drop, "stride_feature": 1}
         return extras | shape | settings
 
     name = f"linear_4bit_dx m={m} {dtype}" + " nested" * nested + f" block={block_size}" * (block_size != 64)
     return Variant(
-        name + " experts" * bool(experts),
+        name + f" rank={rank}" * bool(rank) + " dropout" * drop + " experts" * bool(experts),
         linear_4bit_dx_kernel,
         weight(nested)
+        | branch(dtype, transposed=True)
         | dict.fromkeys(("dy", "out"), f"*{dtype}")
         | {
             "codes": "*fp32",
@@ -157,11 +171,14 @@ VARIANTS = [
     _linear(128, "bf16", nested=True),
     _linear(1, "bf16", block_size=32),
     _linear(128, "bf16", block_size=128),
-    _linear(128, "bf16", rank=16),
+    *(_linear(m, "bf16", rank=rank) for m in (1, 16, 128) for rank in (16, 64)),
+    _linear(1, "fp32", rank=16),
     _linear(64, "bf16", experts=64),
     *(_linear_dx(m, dtype) for m in (16, 128) for dtype in ("fp16", "bf16")),
     _linear_dx(16, "fp32"),
     _linear_dx(128, "bf16", nested=True),
     _linear_dx(128, "bf16", block_size=32),
+    *(_linear_dx(m, "bf16", rank=rank, drop=drop) for m in (16, 128) for rank in (16, 64) for drop in (False, True)),
+    _linear_dx(16, "fp32", rank=16, drop=True),
     _linear_dx(64, "bf16", experts=64),
 ]

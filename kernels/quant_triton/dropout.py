@@ -1,7 +1,8 @@
 """Dropout whose mask is a function of a seed alone, so that a backward pass draws it again.
 
 Random words by Philox4x32-10 (Salmon et al., SC 2011, https://doi.org/10.1145/2063384.2063405): one counter gives the
-words of four consecutive elements. `random_words` and `kept` are there for other kernels that drop as they read.
+words of four consecutive elements. `survivors` is there for other kernels that drop what they read or
+write.
 
 A thread has one counter at a time, whose words are already where they are used: 8 bytes of a 16-bit dtype. On
 sm_90 an element costs 28 instructions; streaming 16-bit elements leaves an H200 time for 27.
@@ -48,6 +49,24 @@ def random_words(seed, group):
 def kept(words, threshold):
     """Whether elements survive; threshold: ceil(p * 2**24), int32."""
     return (words >> 8).to(tl.int32) >= threshold
+
+
+@triton.jit
+def survivors(seed, row, start, columns, threshold, QUADS: tl.constexpr, K: tl.constexpr):
+    """Dropout's mask of a tile [M, K] of a matrix. row: [M] int64. start: the first of K columns.
+
+    QUADS: whether 4 divides columns and start.
+    """
+    if QUADS:  # four neighbours share a counter
+        group = row[:, None] * (columns // 4) + (start // 4 + tl.arange(0, K // 4))[None, :]
+        a, b, c, d = random_words(tl.load(seed), group)
+        words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+    else:
+        element = row[:, None] * columns + (start + tl.arange(0, K))[None, :]
+        a, b, c, d = random_words(tl.load(seed), element >> 2)
+        lane = element & 3
+        words = tl.where(lane < 2, tl.where(lane == 0, a, b), tl.where(lane == 2, c, d))
+    return kept(words, threshold)
 
 
 @triton.jit(do_not_specialize=["threshold"])

@@ -12,9 +12,10 @@ import torch
 import triton
 from torch import Tensor
 
+from .branch import Lora
 from .codes import check_weight
 from .launch import Config, architecture, bucket, config, default
-from .linear_4bit import Lora, chunk_size, fusable, fused, most_fused_rows, rows_of
+from .linear_4bit import chunk_size, fusable, fused, most_fused_rows, rows_of
 from .linear_4bit_backward import fused_dx
 
 
@@ -63,7 +64,7 @@ def linear_4bit_grouped(
         bias: [experts, out_features] in x's dtype, or None.
         ends: [experts] int32, on the device: expert e has the rows from ends[e - 1] (0 for the first) up to ends[e].
             The last of them is the number of rows.
-        lora: what is added to the product, with b [experts, out_features, rank].
+        lora: what is added to the product.
 
     Returns:
         [rows, out_features], contiguous, in x's dtype.
@@ -90,6 +91,7 @@ def linear_4bit_grouped_dx(
     block_size: int,
     in_features: int,
     ends: Tensor,
+    lora: Lora | None = None,
 ) -> Tensor:
     """Gradient of `linear_4bit_grouped` for x: `dy[i] @ W[e]`.
 
@@ -106,4 +108,4 @@ def linear_4bit_grouped_dx(
     weight = (packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size)
     dy = rows_of(dy)
     settings = _settings("linear_4bit_dx", dy, packed, block_size, dy.shape[1], in_features, ends)
-    return fused_dx(dy, weight, in_features, settings, ends=ends)
+    return fused_dx(dy, weight, in_features, settings, lora=lora, ends=ends)

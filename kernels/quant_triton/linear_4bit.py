@@ -20,33 +20,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from torch.nn import functional as F
 
+from .branch import Lora, branch_arguments
 from .codes import byte_lookup, check_weight, codebook, scaled_lookup
 from .launch import Architecture, Config, bucket, candidates, config, default, default_config, launch, problem
-from .linear_4bit_kernels import add_parts_kernel, linear_4bit_kernel
+from .linear_4bit_kernels import linear_4bit_kernel
 from .nf4 import dequantize_4bit, quantize_4bit
+from .parts import sum_parts
 
 Weight = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, str, int]  # as every op takes it
-
-
-class Lora(NamedTuple):
-    """What an epilogue adds to a product: scaling * s @ b^T.
-
-    s: [rows, rank], b: [out_features, rank] ([experts, out_features, rank] for experts), both in x's dtype.
-    """
-
-    s: Tensor
-    b: Tensor
-    scaling: float
-
-
-_ADD_BLOCK = 1024
 
 
 def chunk_size(block_size: int) -> int:
@@ -133,7 +120,7 @@ def fused(
     lora: Lora | None = None,
     ends: Tensor | None = None,
 ) -> Tensor:
-    """`x W^T + bias + scaling * s b^T` by ways 1 and 2 of the module.
+    """`x W^T + bias`, plus a branch, by ways 1 and 2 of the module.
 
     Args:
         x: [rows, k], elements of a row adjacent. weight, out_features, bias: as `linear_4bit`; `fusable`.
@@ -148,10 +135,9 @@ def fused(
     step = settings["WARPS_K"] * settings["UNROLL"]
     experts = 0 if ends is None else ends.numel()
     tiles = (triton.cdiv(m, settings["BLOCK_M"]) + experts) * triton.cdiv(n, settings["BLOCK_N"])
-    out = x.new_empty((m, n))
-    if not out.numel():
-        return out
-    parts = out if split == 1 else x.new_empty((split, m, n), dtype=torch.float32)
+    if not m or not n:
+        return x.new_empty((m, n))
+    out = x.new_empty((split, m, n), dtype=x.dtype if split == 1 else torch.float32)
     launch(
         linear_4bit_kernel,
         (tiles, split),
@@ -161,36 +147,25 @@ def fused(
         *(absmax if part is None else part for part in nested),  # never followed
         codebook(quant_type, x.device, torch.float32 if scaled else x.dtype),
         x if bias is None else bias,
-        x if lora is None else lora.s,
-        x if lora is None else lora.b,
         x if ends is None else ends,
-        parts,
+        out,
         m,
         n,
         k,
         x.stride(0),
-        0 if lora is None else lora.s.shape[1],
-        1.0 if lora is None else lora.scaling,
         experts,
         fp_fusion=True,
+        **branch_arguments(lora, x),
         DOUBLE_QUANT=nested[0] is not None,
         LOOKUP=(scaled_lookup if scaled else byte_lookup)(quant_type, x.device, x.dtype),
         BIAS=bias is not None,
-        RANK=0 if lora is None else max(16, triton.next_power_of_2(lora.s.shape[1])),
         EXPERTS=triton.next_power_of_2(experts) if experts else 0,
         BLOCK_SIZE=block_size,
         CHUNK=chunk,
         EVEN=k // chunk % (step * split) == 0,
         **settings,
     )
-    return add_parts(parts, out) if split > 1 else out
-
-
-def add_parts(parts: Tensor, out: Tensor) -> Tensor:
-    """`out`, contiguous, set to the sum of parts, [split, *out.shape] float32, in order."""
-    grid = (triton.cdiv(out.numel(), _ADD_BLOCK),)
-    launch(add_parts_kernel, grid, parts, out, out.numel(), fp_fusion=False, SPLIT=parts.shape[0], BLOCK=_ADD_BLOCK)
-    return out
+    return out[0] if split == 1 else sum_parts(out, x.dtype)
 
 
 def rows_of(x: Tensor) -> Tensor:

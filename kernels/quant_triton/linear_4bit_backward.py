@@ -19,22 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .branch import Lora, branch, branch_arguments
 from .codes import block_scales, check_weight, codebook, decode_scaled, scaled_lookup
 from .launch import Architecture, Config, bucket, candidates, config, default, default_config, dot, launch, problem
-from .linear_4bit import (
-    Weight,
-    add_parts,
-    chunk_size,
-    fusable,
-    most_fused_rows,
-    rows_of,
-    splits,
-)
+from .linear_4bit import Weight, chunk_size, fusable, most_fused_rows, rows_of, splits
 from .linear_4bit_kernels import tile_of_expert
 from .nf4 import dequantize_4bit, quantize_4bit
+from .parts import sum_parts
 
 
-@triton.jit(do_not_specialize=["m", "experts"])
+@triton.jit(do_not_specialize=["m", "experts", "threshold"])
 def linear_4bit_dx_kernel(
     dy,
     packed,
@@ -50,8 +44,18 @@ def linear_4bit_dx_kernel(
     k,
     stride_dy,
     experts,
+    lora_s,
+    lora_b,
+    lora_seed,
+    rank,
+    stride_feature,
+    stride_factor,
+    scaling,
+    threshold,
     DOUBLE_QUANT: tl.constexpr,
     LOOKUP: tl.constexpr,
+    RANK: tl.constexpr,
+    DROP: tl.constexpr,
     EXPERTS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS_PER_BLOCK: tl.constexpr,
@@ -76,6 +80,7 @@ def linear_4bit_dx_kernel(
         expert, first_m, end_m = tile_of_expert(ends, experts, first_m // BLOCK_M, BLOCK_M, EXPERTS)
         packed += expert.to(tl.int64) * n * (k // 32) * 16
         first_chunk += expert * n * chunks
+        lora_b += expert.to(tl.int64) * k * rank
     dy += first_m.to(tl.int64) * stride_dy
     words = packed.to(tl.pointer_type(tl.int32), bitcast=True)
 
@@ -89,6 +94,9 @@ def linear_4bit_dx_kernel(
     word = tl.max_contiguous(tl.multiple_of(word, WORDS), WORDS)
     at_dy = existing_row[None, :] * stride_dy + feature[:, None]
     acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+    if RANK > 0 and split == 0:  # first, while there are no other sums to be kept in registers
+        lora = (lora_s, lora_b, lora_seed, rank, stride_feature, stride_factor, scaling, threshold)
+        acc = branch(lora, first_m.to(tl.int64) + existing_row, first_k, k, DTYPE, RANK, DROP, True, True, BLOCK_K)
 
     share = tl.cdiv(tl.cdiv(n, BLOCK_N), SPLIT) * BLOCK_N
     begin = split * share
@@ -168,8 +176,16 @@ def settings_for_dx(dy: Tensor, weight: Weight, in_features: int) -> Config:
     return config("linear_4bit_dx", dy.device, m=bucket(m), n=n, k=in_features, chunk=chunk, dtype=dy.dtype)
 
 
-def fused_dx(dy: Tensor, weight: Weight, in_features: int, settings: Config, *, ends: Tensor | None = None) -> Tensor:
-    """`dy W` without a decoded W in memory.
+def fused_dx(
+    dy: Tensor,
+    weight: Weight,
+    in_features: int,
+    settings: Config,
+    *,
+    lora: Lora | None = None,
+    ends: Tensor | None = None,
+) -> Tensor:
+    """`dy W`, plus a branch, without a decoded W in memory.
 
     Args:
         dy: [rows, n], elements of a row adjacent. weight, in_features: as `linear_4bit_dx`; `fusable`.
@@ -180,10 +196,9 @@ def fused_dx(dy: Tensor, weight: Weight, in_features: int, settings: Config, *, 
     chunk, split = chunk_size(block_size), settings["SPLIT"]
     experts = 0 if ends is None else ends.numel()
     tiles = (triton.cdiv(m, settings["BLOCK_M"]) + experts) * triton.cdiv(k, settings["BLOCK_K"])
-    out = dy.new_empty((m, k))
-    if not out.numel():
-        return out
-    parts = out if split == 1 else dy.new_empty((split, m, k), dtype=torch.float32)
+    if not m or not k:
+        return dy.new_empty((m, k))
+    out = dy.new_empty((split, m, k), dtype=dy.dtype if split == 1 else torch.float32)
     launch(
         linear_4bit_dx_kernel,
         (tiles, split),
@@ -193,13 +208,14 @@ def fused_dx(dy: Tensor, weight: Weight, in_features: int, settings: Config, *, 
         *(absmax if part is None else part for part in nested),  # never followed
         codebook(quant_type, dy.device),
         dy if ends is None else ends,
-        parts,
+        out,
         m,
         n,
         k,
         dy.stride(0),
         experts,
         fp_fusion=True,
+        **branch_arguments(lora, dy),
         DOUBLE_QUANT=nested[0] is not None,
         LOOKUP=scaled_lookup(quant_type, dy.device, dy.dtype),
         EXPERTS=triton.next_power_of_2(experts) if experts else 0,
@@ -208,7 +224,7 @@ def fused_dx(dy: Tensor, weight: Weight, in_features: int, settings: Config, *, 
         EVEN=n % (settings["BLOCK_N"] * split) == 0,
         **settings,
     )
-    return add_parts(parts, out) if split > 1 else out
+    return out[0] if split == 1 else sum_parts(out, dy.dtype)
 
 
 def linear_4bit_dx(

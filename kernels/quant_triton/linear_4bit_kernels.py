@@ -19,6 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .branch import branch
 from .codes import block_scales, decode, decode_scaled
 from .launch import dot
 
@@ -48,7 +49,7 @@ def tile_of_expert(ends, experts, tile, BLOCK_M: tl.constexpr, EXPERTS: tl.const
     return tl.sum(tl.where(mine, expert, 0), 0), tl.where(last > 0, first, 0), last
 
 
-@triton.jit(do_not_specialize=["m", "experts", "rank"])
+@triton.jit(do_not_specialize=["m", "experts", "threshold"])
 def linear_4bit_kernel(
     x,
     packed,
@@ -58,21 +59,26 @@ def linear_4bit_kernel(
     offset,
     codes,
     bias,
-    lora_s,
-    lora_b,
     ends,
     out,
     m,
     n,
     k,
     stride_x,
-    rank,
-    scaling,
     experts,
+    lora_s,
+    lora_b,
+    lora_seed,
+    rank,
+    stride_feature,
+    stride_factor,
+    scaling,
+    threshold,
     DOUBLE_QUANT: tl.constexpr,
     LOOKUP: tl.constexpr,
     BIAS: tl.constexpr,
     RANK: tl.constexpr,
+    DROP: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -174,25 +180,10 @@ def linear_4bit_kernel(
         acc = tl.sum(acc, 0)
 
     inside = (row < end_m - first_m)[None, :] & (feature < n)[:, None]
-    if RANK > 0:
-        r = tl.arange(0, RANK)
-        b = tl.load(lora_b + existing_feature[:, None] * rank + r[None, :], mask=(r < rank)[None, :], other=0.0)
-        s = lora_s + first_m.to(tl.int64) * rank + existing_row[None, :] * rank + r[:, None]
-        s = tl.load(s, mask=(r < rank)[:, None], other=0.0)
-        if split == 0:
-            acc += dot(b, s, tl.zeros((BLOCK_N, BLOCK_M), tl.float32)) * scaling
+    if RANK > 0 and split == 0:
+        lora = (lora_s, lora_b, lora_seed, rank, stride_feature, stride_factor, scaling, threshold)
+        acc += branch(lora, first_m.to(tl.int64) + existing_row, first_n, n, DTYPE, RANK, DROP, False, True, BLOCK_N)
     if BIAS:
         acc += tl.load(bias + feature, mask=(feature < n) & (split == 0), other=0.0).to(tl.float32)[:, None]
     out += (split.to(tl.int64) * m + first_m) * n
     tl.store(out + row[None, :] * n + feature[:, None], acc.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["size"])
-def add_parts_kernel(parts, out, size, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
-    """out [size] = the sum of parts [SPLIT, size], float32, in order."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < size
-    total = tl.load(parts + index, mask=inside, other=0.0)
-    for i in tl.static_range(1, SPLIT):
-        total += tl.load(parts + i * size.to(tl.int64) + index, mask=inside, other=0.0)
-    tl.store(out + index, total.to(out.dtype.element_ty), mask=inside)

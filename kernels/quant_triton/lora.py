@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .branch import Lora
 from .codes import codebook
 from .int8 import DX_ROWS, linear_int8, linear_int8_dx
-from .linear_4bit import Lora, Weight, fused, linear_4bit, rows_of, settings_for
-from .linear_4bit_backward import linear_4bit_dx, settings_for_dx
-from .low_rank import Gate, add_product_, gradient_a, gradients_dy, project
+from .linear_4bit import Weight, fused, linear_4bit, rows_of, settings_for
+from .linear_4bit_backward import fused_dx, linear_4bit_dx, settings_for_dx
+from .low_rank import Gate, add_branch_, gradient_a, gradients_dy, project
 from .merge import SPAN, merge
-
-_LARGEST_EPILOGUE = 64  # ranks beyond would take registers from the product itself
 
 
 def _merged_4bit(weight: Weight, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
@@ -76,16 +75,16 @@ def lora_linear_4bit(
     """
     weight = (packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size)
     rows, a, b = rows_of(x), a.contiguous(), b.contiguous()
-    (m, k), n = rows.shape, b.shape[0]
+    k, n = rows.shape[1], b.shape[0]
     settings = settings_for(rows, weight, n)
     merges = seed is None and gate is None and not settings and k % SPAN.value == 0
     s = project(rows, a, seed, p, gate) if keep_s or not merges else None
     if merges:
         y = F.linear(rows, _merged_4bit(weight, a, b, scaling, x.dtype), bias)
-    elif settings and b.shape[1] <= _LARGEST_EPILOGUE and m and n:
-        y = fused(rows, weight, n, bias, settings, lora=Lora(s, b.to(x.dtype), scaling))
+    elif settings:
+        y = fused(rows, weight, n, bias, settings, lora=Lora(s, b, scaling))
     else:
-        y = add_product_(linear_4bit(rows, *weight, n, bias), s, b.t(), scaling, None, 0.0)
+        y = add_branch_(linear_4bit(rows, *weight, n, bias), Lora(s, b, scaling))
     return y.view(*x.shape[:-1], n), _kept(s, x, a, keep_s)
 
 
@@ -106,12 +105,12 @@ def lora_linear_int8(
     """`linear_int8` with the branch of `lora_linear_4bit`, for which x is not quantized."""
     rows, a, b = rows_of(x), a.contiguous(), b.contiguous()
     s = project(rows, a, seed, p, gate)
-    y = add_product_(linear_int8(rows, values, absmax, bias, threshold), s, b.t(), scaling, None, 0.0)
+    y = add_branch_(linear_int8(rows, values, absmax, bias, threshold), Lora(s, b, scaling))
     return y.view(*x.shape[:-1], b.shape[0]), _kept(s, x, a, keep_s)
 
 
 def _backward(
-    base_dx: Callable[[Tensor], Tensor],
+    base_dx: Callable[[Tensor, Lora], Tensor],
     merged: Callable[[], Tensor] | None,
     dy: Tensor,
     x: Tensor,
@@ -124,7 +123,10 @@ def _backward(
     needed: Sequence[bool],
     gate: Gate | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients for x, a and b. merged: gives W + scaling * b a, or None where dx = base_dx(dy) + the branch."""
+    """The gradients for x, a and b.
+
+    base_dx: gives dy W + a branch. merged: gives W + scaling * b a, or None where base_dx is to be asked.
+    """
     need_dx, need_da, need_db = needed
     dy, rows, s = rows_of(dy), rows_of(x), rows_of(s)
     ds, db = gradients_dy(dy, s, b, scaling, need_da or (need_dx and merged is None), need_db, gate)
@@ -132,7 +134,7 @@ def _backward(
     if need_dx and merged is not None:
         dx = (dy @ merged()).view(x.shape)
     elif need_dx:
-        dx = add_product_(base_dx(dy), ds, a, 1.0, seed, p).view(x.shape)
+        dx = base_dx(dy, Lora(ds, a.t(), seed=seed, p=p)).view(x.shape)
     da = gradient_a(rows, ds, seed, p, a.dtype) if need_da else a.new_empty(0)
     return dx, da, db if need_db else b.new_empty(0)
 
@@ -167,9 +169,16 @@ def lora_linear_4bit_backward(
     """
     weight = (packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size)
     a, b, k = a.contiguous(), b.contiguous(), x.shape[-1]
-    merges = seed is None and gate is None and k % SPAN.value == 0 and not settings_for_dx(rows_of(dy), weight, k)
+    settings = settings_for_dx(rows_of(dy), weight, k)
+    merges = seed is None and gate is None and not settings and k % SPAN.value == 0
+
+    def base_dx(dy: Tensor, lora: Lora) -> Tensor:
+        if settings:
+            return fused_dx(dy, weight, k, settings, lora=lora)
+        return add_branch_(linear_4bit_dx(dy, *weight, k), lora)
+
     return _backward(
-        lambda dy: linear_4bit_dx(dy, *weight, k),
+        base_dx,
         (lambda: _merged_4bit(weight, a, b, scaling, x.dtype)) if merges else None,
         *(dy, x, s, a, b, scaling, seed, p, needed, gate),
     )
@@ -193,7 +202,7 @@ def lora_linear_int8_backward(
     a, b = a.contiguous(), b.contiguous()
     merges = seed is None and gate is None and dy.numel() > DX_ROWS * b.shape[0]
     return _backward(
-        lambda dy: linear_int8_dx(dy, values, absmax),
+        lambda dy, lora: add_branch_(linear_int8_dx(dy, values, absmax), lora),
         (lambda: _merged_int8(values, absmax, a, b, scaling, x.dtype)) if merges else None,
         *(dy, x, s, a, b, scaling, seed, p, needed, gate),
     )

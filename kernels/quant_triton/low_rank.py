@@ -1,7 +1,7 @@
 """Products with factors of low rank, in as few passes over the large operand as there are; `lora.py` is built of them.
 
 `project` reads x once for drop(x) a^T, dropping as it reads. `gradients_dy` reads dy once for dy b and dy^T s.
-`gradient_a` reads x once for ds^T drop(x), the mask drawn again. `add_product_` adds a product to y or dx in place.
+`gradient_a` reads x once for ds^T drop(x), the mask drawn again. `add_branch_` adds a product to y or dx in place.
 
 Several adapters in one batch are one branch of all their ranks together, whose s is 0 where a row and a factor belong
 to different adapters: a `Gate`, applied as s and ds are written. Ranks may differ, and rows may have no adapter.
@@ -22,27 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import dropout_constants, kept, random_words
+from .branch import Lora, branch, branch_arguments
+from .dropout import dropout_constants, survivors
 from .launch import architecture, bucket, config, dot, launch, problem
 from .low_rank_tiles import rank_key
+from .parts import sum_parts
 
 # ---------------------------------------------------------------------------------------------------
 # Kernels
-
-
-@triton.jit
-def _survive(seed, row, start, k, threshold, QUADS: tl.constexpr, K: tl.constexpr):
-    """Dropout's mask of a tile [M, K] of a matrix with k columns. row: [M] int64. start: column. QUADS: 4 divides k."""
-    if QUADS:  # four neighbours share a counter
-        group = row[:, None] * (k // 4) + (start // 4 + tl.arange(0, K // 4))[None, :]
-        a, b, c, d = random_words(tl.load(seed), group)
-        words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
-    else:
-        element = row[:, None] * k + (start + tl.arange(0, K))[None, :]
-        a, b, c, d = random_words(tl.load(seed), element >> 2)
-        lane = element & 3
-        words = tl.where(lane < 2, tl.where(lane == 0, a, b), tl.where(lane == 2, c, d))
-    return kept(words, threshold)
 
 
 @triton.jit
@@ -52,7 +39,7 @@ def _load_kept(x, row, start, m, k, stride, seed, threshold, DROP: tl.constexpr,
     inside = (row < m)[:, None] & (column < k)[None, :]
     tile = tl.load(x + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
     if DROP:
-        tile = tl.where(_survive(seed, row, start, k, threshold, QUADS, K), tile, 0.0)
+        tile = tl.where(survivors(seed, row, start, k, threshold, QUADS, K), tile, 0.0)
     return tile
 
 
@@ -188,50 +175,33 @@ def _da_kernel(
     tl.store(place, acc * scale, mask=(factor < rank)[:, None] & (column < k)[None, :])
 
 
-@triton.jit(do_not_specialize=["count"])
-def _sum_kernel(parts, out, count, n, BLOCK: tl.constexpr):
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(count):
-        total += tl.load(parts + index, mask=index < n, other=0.0)
-        parts += n
-    tl.store(out + index, total.to(out.dtype.element_ty), mask=index < n)
-
-
 @triton.jit(do_not_specialize=["m", "threshold"])
 def _add_kernel(
     out,
-    left,
-    right,
-    seed,
     m,
     n,
+    lora_s,
+    lora_b,
+    lora_seed,
     rank,
-    stride_column,
+    stride_feature,
     stride_factor,
+    scaling,
     threshold,
-    scale,
+    RANK: tl.constexpr,
     DROP: tl.constexpr,
     QUADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     start = tl.program_id(1) * BLOCK_N
     column = start + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, rank, BLOCK_R):
-        factor = first + tl.arange(0, BLOCK_R)
-        wanted = (factor < rank)[:, None] & (column < n)[None, :]
-        place = right + factor[:, None].to(tl.int64) * stride_factor + column[None, :].to(tl.int64) * stride_column
-        tile = tl.load(place, mask=wanted, other=0.0).to(left.dtype.element_ty)
-        acc = dot(load_rows(left, row, factor, m, rank), tile, acc)
-    if DROP:
-        acc = tl.where(_survive(seed, row, start, n, threshold, QUADS, BLOCK_N), acc, 0.0)
+    lora = (lora_s, lora_b, lora_seed, rank, stride_feature, stride_factor, scaling, threshold)
+    total = branch(lora, tl.minimum(row, m - 1), start, n, out.dtype.element_ty, RANK, DROP, QUADS, False, BLOCK_N)
     place = out + row[:, None] * n + column[None, :]
     inside = (row < m)[:, None] & (column < n)[None, :]
-    total = tl.load(place, mask=inside, other=0.0).to(tl.float32) + acc * scale
+    total += tl.load(place, mask=inside, other=0.0).to(tl.float32)
     tl.store(place, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -270,14 +240,6 @@ def _splits(blocks: int, programs: int, device: torch.device) -> tuple[int, int]
     return max(triton.cdiv(blocks, per_split), 1), per_split
 
 
-def _sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over the first dimension, in order."""
-    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    n, block = out.numel(), 1024
-    launch(_sum_kernel, (triton.cdiv(n, block),), parts, out, parts.shape[0], n, fp_fusion=True, BLOCK=block)
-    return out
-
-
 def project(x: Tensor, a: Tensor, seed: Tensor | None, p: float, gate: Gate | None = None) -> Tensor:
     """`dropout(x) a^T`, gated.
 
@@ -296,7 +258,7 @@ def project(x: Tensor, a: Tensor, seed: Tensor | None, p: float, gate: Gate | No
     arguments = (x, a, out, seed, *(gate or (x,) * 3), m, k, rank, x.stride(0), threshold, scale, per_split)
     constants = {"GATED": gate is not None, **drop, **tile}
     launch(_project_kernel, (blocks, splits, parts_of_rank), *arguments, fp_fusion=True, **constants)
-    return out[0] if splits == 1 else _sum(out, x.dtype)
+    return out[0] if splits == 1 else sum_parts(out, x.dtype)
 
 
 def gradients_dy(
@@ -318,7 +280,7 @@ def gradients_dy(
     arguments = (dy, s, b, ds, db, *(gate or (dy,) * 3), m, n, rank, dy.stride(0), scaling, per_split)
     needs = {"NEED_DS": need_ds, "NEED_DB": need_db, "GATED": gate is not None}
     launch(_dy_kernel, (chunks, splits, parts_of_rank), *arguments, fp_fusion=True, **needs, **tile)
-    return _sum(ds, dy.dtype) if need_ds else None, _sum(db, b.dtype) if need_db else None
+    return sum_parts(ds, dy.dtype) if need_ds else None, sum_parts(db, b.dtype) if need_db else None
 
 
 def gradient_a(x: Tensor, ds: Tensor, seed: Tensor | None, p: float, dtype: torch.dtype) -> Tensor:
@@ -335,22 +297,15 @@ def gradient_a(x: Tensor, ds: Tensor, seed: Tensor | None, p: float, dtype: torc
     parts = torch.empty((splits, rank, k), dtype=torch.float32, device=x.device)
     arguments = (x, ds, parts, seed, m, k, rank, x.stride(0), threshold, scale, per_split)
     launch(_da_kernel, (chunks, splits, parts_of_rank), *arguments, fp_fusion=True, **drop, **tile)
-    return _sum(parts, dtype)
+    return sum_parts(parts, dtype)
 
 
-def add_product_(out: Tensor, left: Tensor, right: Tensor, scaling: float, seed: Tensor | None, p: float) -> Tensor:
-    """`out += dropout(scaling * left right)` in place, rounded once more; returns out.
-
-    Args:
-        out: [m, n], contiguous. left: [m, rank], contiguous, in out's dtype. right: [rank, n], any strides and float
-            dtype. seed, p: as in `project`.
-    """
-    (m, n), rank, r = out.shape, left.shape[1], rank_key(left.shape[1])
-    seed, threshold, scale, drop = _dropout(seed, p, n, out)
-    tile = config("lora_add", out.device, m=bucket(m), n=n, r=r, dtype=out.dtype, drop=drop["DROP"])
+def add_branch_(out: Tensor, lora: Lora) -> Tensor:
+    """Adds a branch to `out`, [m, n], contiguous, in place, rounded once more; returns out."""
+    (m, n), rank, drop = out.shape, lora.s.shape[1], lora.seed is not None
+    tile = config("lora_add", out.device, m=bucket(m), n=n, r=rank_key(rank), dtype=out.dtype, drop=drop)
     grid = (triton.cdiv(m, tile["BLOCK_M"]), triton.cdiv(n, tile["BLOCK_N"]))
-    arguments = (out, left, right, seed, m, n, rank, right.stride(1), right.stride(0), threshold, scale * scaling)
-    launch(_add_kernel, grid, *arguments, fp_fusion=True, **drop, **tile)
+    launch(_add_kernel, grid, out, m, n, fp_fusion=True, **branch_arguments(lora, out), QUADS=n % 4 == 0, **tile)
     return out
 
 
@@ -380,5 +335,5 @@ def _(device, m, k, dtype):
 @problem("lora_add")
 def _(device, m, n, dtype):
     out, left = (torch.randn(m, size, device=device, dtype=dtype) for size in (n, 16))
-    right = torch.randn(n, 16, device=device).t()
-    return lambda: add_product_(torch.zeros_like(out), left, right, 1.0, None, 0.0)
+    lora = Lora(left, torch.randn(n, 16, device=device))
+    return lambda: add_branch_(torch.zeros_like(out), lora)

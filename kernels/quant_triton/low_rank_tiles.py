@@ -24,6 +24,11 @@ def multiplies_slowly(arch: Architecture, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (arch.kind == "cuda" and arch.capability < 80)
 
 
+def branch_factors(arch: Architecture, rank: int, dtype: torch.dtype) -> int:
+    """How many factors of a branch of that rank a product takes at once: more would take its registers."""
+    return min(rank_key(rank), 16 if multiplies_slowly(arch, dtype) else 64)
+
+
 def _stages(arch: Architecture, bytes_per_stage: int) -> int:
     """A pipeline that leaves room for a second program on the same multiprocessor."""
     return max(2, min(4, 1 + arch.shared_memory // (2 * bytes_per_stage)))
@@ -71,11 +76,11 @@ def _(arch: Architecture, *, m: int, k: int, r: int, dtype: torch.dtype, drop: b
 @default_config("lora_add")
 def _(arch: Architecture, *, m: int, n: int, r: int, dtype: torch.dtype, drop: bool) -> dict:
     if arch.interpreted:
-        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": min(r, 32)}
+        return {"BLOCK_M": 32, "BLOCK_N": 64}
     if multiplies_slowly(arch, dtype):
-        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
     rows = min(max(m, 16), 32 if drop else 64)
-    return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_R": min(r, 64), "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": rows, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
 
 
 @default_config("lora_merge")
@@ -115,7 +120,9 @@ def _(arch: Architecture, *, r: int, **key) -> Iterator[dict]:
 
 @candidates("lora_add")
 def _(arch: Architecture, *, r: int, **key) -> Iterator[dict]:
-    return _grid("BLOCK_M", "BLOCK_N", r, (2,))
+    for tile in _grid("BLOCK_M", "BLOCK_N", r, (2,)):
+        del tile["BLOCK_R"]
+        yield tile
 
 
 @candidates("lora_merge")

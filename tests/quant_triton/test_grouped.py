@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from quant_triton.branch import Lora
 from quant_triton.grouped import linear_4bit_grouped, linear_4bit_grouped_dx
-from quant_triton.linear_4bit import Lora
 from quantlib import functional, reference
 from tests.gpu.harness import assert_error_within
 

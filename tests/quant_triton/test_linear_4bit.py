@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
+from quant_triton.branch import Lora
 from quant_triton.launch import forced
-from quant_triton.linear_4bit import Lora, fusable, fused, linear_4bit, settings_for
+from quant_triton.linear_4bit import fusable, fused, linear_4bit, settings_for
 from quant_triton.linear_4bit_backward import linear_4bit_dx
 from quantlib import functional, reference
 from tests.gpu.harness import assert_error_within

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from quant_triton import lora, low_rank
+from quant_triton.branch import Lora
 from quant_triton.codes import codebook
 from quant_triton.merge import merge
 from quantlib import functional, reference
@@ -50,7 +51,7 @@ def test_products_of_low_rank(m, n, k, rank, p, dtype):
     assert_near(low_rank.gradient_a(x, ds, seed, p, torch.float32), ds.double().t() @ x_dropped, torch.float32)
     y = torch.randn(m, k).to(dtype)
     exact = y.double() + dropped(2 * ds.double() @ a_x, seed, p)
-    assert low_rank.add_product_(y, ds, a, 2.0, seed, p) is y
+    assert low_rank.add_branch_(y, Lora(ds, a.t(), 2.0, seed, p)) is y
     assert_near(y, exact, dtype)
 
 
