@@ -7,15 +7,18 @@ An op is one entry of OPS. Adding one takes an `Op(...)` here, its contestants i
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench import inputs
+from bench import inputs, many
 from bench.inputs import RANK, SCALING, THRESHOLD, Case, Source, sampled
+from bench.many import RANKS
 from quantlib import reference
 
 Results = dict[str, Tensor]
@@ -54,14 +57,18 @@ def _plain_int8(w: SimpleNamespace, rows: SimpleNamespace) -> Results:
     return results | {"y": reference.linear_int8(sampled(rows.x), w.q.values, w.q.absmax, None, THRESHOLD)}
 
 
-def _lora(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, dy: Tensor | None) -> Results:
+def _lora(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, dy: Tensor | None, gate: Tensor | float = SCALING
+) -> Results:
+    """gate: factor of the branch, or of each row and rank: 0 where they belong to different adapters."""
     results = _linear(x, weight, dy)
-    results["y"] = results["y"] + SCALING * (sampled(x) @ A.t() @ B.t())
+    s = x @ A.t() * gate
+    results["y"] = results["y"] + sampled(s) @ B.t()
     if dy is None:
         return results
-    dyB = SCALING * (dy @ B)
-    results["dx"] = results["dx"] + sampled(dyB) @ A
-    return results | {"dA": dyB.t() @ x, "dB": SCALING * (dy.t() @ (x @ A.t()))}
+    ds = dy @ B * gate
+    results["dx"] = results["dx"] + sampled(ds) @ A
+    return results | {"dA": ds.t() @ x, "dB": dy.t() @ s}
 
 
 def _exact_lora(w: SimpleNamespace, rows: SimpleNamespace) -> Results:
@@ -76,6 +83,31 @@ def _plain_lora(w: SimpleNamespace, rows: SimpleNamespace) -> Results:
 def _plain_lora_int8(w: SimpleNamespace, rows: SimpleNamespace) -> Results:
     results = _plain_lora(w, rows)
     return results | {"y": _plain_int8(w, rows)["y"] + SCALING * (sampled(rows.x) @ w.A.t() @ w.B.t())}
+
+
+def _by_expert(x: Tensor, weight: Tensor, owner: Tensor, dy: Tensor | None) -> Results:
+    chosen = sampled(owner).tolist()
+    results = {"y": torch.stack([weight[e] @ row for e, row in zip(chosen, sampled(x), strict=True)])}
+    if dy is not None:
+        results["dx"] = torch.stack([row @ weight[e] for e, row in zip(chosen, sampled(dy), strict=True)])
+    return results
+
+
+def _exact_experts(w: SimpleNamespace, rows: SimpleNamespace) -> Results:
+    return _by_expert(rows.x.double(), w.exact, rows.owner, None if rows.dy is None else rows.dy.double())
+
+
+def _plain_experts(w: SimpleNamespace, rows: SimpleNamespace) -> Results:
+    return _by_expert(rows.x, w.decoded, rows.owner, rows.dy)
+
+
+def _exact_adapters(w: SimpleNamespace, rows: SimpleNamespace) -> Results:
+    dy = None if rows.dy is None else rows.dy.double()
+    return _lora(rows.x.double(), w.exact, w.A.double(), w.B.double(), dy, many.gate(w, rows).double())
+
+
+def _plain_adapters(w: SimpleNamespace, rows: SimpleNamespace) -> Results:
+    return _lora(rows.x, w.decoded, w.A, w.B, rows.dy, many.gate(w, rows).to(rows.x.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -104,25 +136,47 @@ def _int8_bytes(dim: int) -> Callable[[Case], int]:
     return lambda case: math.prod(case.shape) + 4 * case.shape[dim]
 
 
-def _cost_linear(weight_bytes: Callable[[Case], int], forward: str | None = None, rank: int = 0) -> Callable:
-    """Of a linear layer, and of its LoRA branch if it has a rank. forward: arithmetic where not that of the dtype."""
+def _one_adapter(case: Case) -> tuple[int, int]:
+    """Rank of the factors that are read, and the sum over the rows of the rank that each is multiplied by."""
+    return RANK, case.m * RANK
+
+
+def _many_adapters(case: Case) -> tuple[int, int]:
+    rows = many.rows_of_adapters(case.m)
+    return sum(rank for rank, n in zip(RANKS, rows, strict=True) if n), sum(map(operator.mul, RANKS, rows))
+
+
+def _cost_linear(
+    weight_bytes: Callable[[Case], int],
+    forward: str | None = None,
+    ranks: Callable[[Case], tuple[int, int]] = lambda case: (0, 0),
+) -> Callable:
+    """Of a linear layer, and of its LoRA branch if it has ranks. forward: arithmetic where not that of the dtype."""
 
     def cost(case: Case) -> Cost:
-        out, into = case.shape
+        out, into = case.shape[-2:]
         size = case.dtype.itemsize
         x, y = case.m * into * size, case.m * out * size
+        rank, uses = ranks(case)
         lora = rank * (out + into) * size
         own = _arithmetic(case)
-        branch = 2 * case.m * rank * (out + into)
+        branch = 2 * uses * (out + into)
         operations = {own: branch}
         operations[forward or own] = operations.get(forward or own, 0) + 2 * case.m * out * into
-        read, written = weight_bytes(case) + x + lora, y
-        if case.backward:  # dx = dy W; with LoRA dyB, its share of dx, x A^T, dA and dB
-            read, written = 2 * read + y, written + x + lora
-            operations[own] += 2 * case.m * out * into + (2 * branch + 2 * case.m * rank * into if rank else 0)
+        weight = weight_bytes(case)
+        read, written = weight + x + lora, y
+        if case.backward:  # dx = dy W; with LoRA dyB, its share of dx, x A^T, dA and dB, for which x is read again
+            read, written = 2 * (weight + lora) + (2 * x if rank else x) + y, written + x + lora
+            operations[own] += 2 * case.m * out * into + 2 * branch + 2 * uses * into
         return Cost(read, written, {unit: count for unit, count in operations.items() if count})
 
     return cost
+
+
+def _nf4_experts(case: Case) -> int:
+    """Of those experts that have rows."""
+    used = sum(map(bool, many.rows_of_experts(case.m, case.shape[0])))
+    return used * bytes_4bit(math.prod(case.shape[1:]), True)
 
 
 def _cost_embedding(case: Case) -> Cost:
@@ -243,7 +297,7 @@ OPS: dict[str, Op] = {
         rows=inputs.rows_of,
         truth=_exact_lora,
         plain=_plain_lora,
-        cost=_cost_linear(_nf4_double, rank=RANK),
+        cost=_cost_linear(_nf4_double, ranks=_one_adapter),
         exact=inputs.exact_4bit,
         backward=True,
     ),
@@ -253,8 +307,29 @@ OPS: dict[str, Op] = {
         rows=inputs.rows_with_outliers,
         truth=_exact_lora,
         plain=_plain_lora_int8,
-        cost=_cost_linear(_int8_bytes(0), forward="int8", rank=RANK),
+        cost=_cost_linear(_int8_bytes(0), forward="int8", ranks=_one_adapter),
         exact=inputs.exact_int8,
+        backward=True,
+    ),
+    "linear_4bit_experts": Op(
+        what="NF4 with double quantization, M rows sorted by expert, unevenly many of each; backward: dx",
+        weights=inputs.weights_4bit_double,
+        rows=many.rows_by_expert,
+        truth=_exact_experts,
+        plain=_plain_experts,
+        cost=_cost_linear(_nf4_experts),
+        exact=inputs.exact_4bit,
+        backward=True,
+    ),
+    "lora_linear_4bit_adapters": Op(
+        what=f"adapters of ranks {', '.join(map(str, RANKS))} and none, a sequence each, on NF4 with double "
+        "quantization; backward: dx, dA, dB",
+        weights=many.with_adapters(inputs.weights_4bit_double),
+        rows=many.rows_by_adapter,
+        truth=_exact_adapters,
+        plain=_plain_adapters,
+        cost=_cost_linear(_nf4_double, ranks=_many_adapters),
+        exact=inputs.exact_4bit,
         backward=True,
     ),
 }

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import machine, records, report
+from bench.inputs import dimensions
 from bench.peers import OURS
 from bench.records import Record
 
@@ -66,7 +67,7 @@ def table(found: Sequence[Change]) -> str:
         rows.append(
             (
                 f"{entry['op']}{way}",
-                "x".join(map(str, entry["shape"])),
+                dimensions(entry["shape"]),
                 "" if entry["m"] is None else str(entry["m"]),
                 entry["dtype"],
                 report.duration(change.before["median"]),

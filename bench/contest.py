@@ -175,6 +175,7 @@ def frozen(weight: Tensor) -> nn.Linear:
 
 
 LORA = ("lora_linear_4bit", "lora_linear_int8")
+MANY = EXPERTS, ADAPTERS = "linear_4bit_experts", "lora_linear_4bit_adapters"  # several weights in one call
 
 
 def adapter(w: Weights) -> tuple[Tensor, Tensor]:

@@ -274,7 +274,8 @@ def _ops(options: Options, seconds: float) -> list[Command]:
     record = options.out / "ops.json"
     if not options.resume:
         record.unlink(missing_ok=True)
-    return _bench(options, seconds, "run", *(["--resume"] if record.exists() else []))
+    resume = ["--resume"] if record.exists() else []
+    return _bench(options, seconds, "run", *resume, **_dry_environment(options))
 
 
 def _model(options: Options, seconds: float) -> list[Command]:

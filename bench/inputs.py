@@ -6,7 +6,7 @@ and B. Rows hold x, and dy if the case goes backward; or indices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -21,13 +21,13 @@ SAMPLED_ROWS = 64  # of y and dx are compared: the truth in float64 is slow
 
 @dataclass(frozen=True)
 class Case:
-    """One point: an op at a shape [out, in], with m rows (None for ops on weights alone), in a dtype.
+    """One point: an op at a shape [out, in] or [experts, out, in], with m rows (None for ops on weights alone).
 
     cache: "warm" repeats on the same data; "cold" cycles through copies that exceed the cache together.
     """
 
     op: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: torch.dtype
     m: int | None = None
     backward: bool = False
@@ -53,8 +53,13 @@ class Case:
     def __str__(self) -> str:
         rows = "" if self.m is None else f" M={self.m}"
         way = " forward + backward" if self.backward else ""
-        out, into = self.shape
-        return f"{self.op}{way} {out}x{into}{rows} {str(self.dtype).removeprefix('torch.')} {self.cache}"
+        shape, dtype = dimensions(self.shape), str(self.dtype).removeprefix("torch.")
+        return f"{self.op}{way} {shape}{rows} {dtype} {self.cache}"
+
+
+def dimensions(shape: Sequence[int]) -> str:
+    """As tables and plots spell a shape: 4096x14336."""
+    return "x".join(map(str, shape))
 
 
 class Source:

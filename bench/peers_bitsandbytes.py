@@ -46,19 +46,21 @@ def bnb_layer(case: Case, w: Weights) -> nn.Module:
     return _bnb_int8(_bnb(), w.w) if "int8" in case.op else _bnb_4bit(_bnb(), w.w)
 
 
-def _bnb_truth(case: Case, w: Weights, packed: Tensor, state: Any) -> Callable[[Rows], Results]:
-    """The truth for its own 4-bit weights: its CPU kernel rounds some of the nested scales another way.
-
-    The tensors are taken now, since inference on a CPU replaces them. They are decoded when asked for, in float64.
-    """
+def decoder(packed: Tensor, state: Any, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+    """Gives its weight in float64. The tensors are taken now, since inference on a CPU replaces them."""
     nested = (state.state2.absmax, state.state2.code, state.offset)
-    args = (packed.data, state.absmax, *nested, "nf4", 64, case.shape, torch.float64)
+    args = (packed.data, state.absmax, *nested, "nf4", 64, shape, torch.float64)
+    return lambda: reference.dequantize_4bit(*args)
 
-    def truth(rows: Rows) -> Results:
-        exact = reference.dequantize_4bit(*args)
-        return OPS[case.op].truth(SimpleNamespace(**{**vars(w), "exact": exact}), rows)
 
-    return truth
+def truth_of(case: Case, w: Weights, exact: Callable[[], Tensor]) -> Callable[[Rows], Results]:
+    """The truth for other values of the weights, which are decoded when asked for."""
+    return lambda rows: OPS[case.op].truth(SimpleNamespace(**{**vars(w), "exact": exact()}), rows)
+
+
+def _bnb_truth(case: Case, w: Weights, packed: Tensor, state: Any) -> Callable[[Rows], Results]:
+    """The truth for its own 4-bit weights: its CPU kernel rounds some of the nested scales another way."""
+    return truth_of(case, w, decoder(packed, state, case.shape))
 
 
 def own_truth(case: Case, w: Weights, layer: nn.Module) -> Callable[[Rows], Results] | None:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from bench.inputs import dimensions
 from bench.peers import CONTESTANTS, OURS
 from bench.records import Record
 from qlora.files import replaced
@@ -66,7 +67,7 @@ def _fullest(panels: dict[tuple, list[dict]]) -> dict[tuple, list[dict]]:
 
 def _label(panel: tuple) -> str:
     shape, dtype, backward, cache, _ = panel
-    return f"{shape[0]}x{shape[1]} {dtype}, {cache}\n{'forward + backward' if backward else 'forward'}"
+    return f"{dimensions(shape)} {dtype}, {cache}\n{'forward + backward' if backward else 'forward'}"
 
 
 def _lines(axes: Axes, entries: Sequence[dict], measure: tuple[str, str, str, float]) -> None:
@@ -112,7 +113,7 @@ def _bars(op: str, entries: Sequence[dict], path: Path) -> Path:
             )
         panel.set_xticks(
             [x + 0.4 - width / 2 for x in range(len(groups))],
-            [f"{s[0]}x{s[1]}\n{dtype}\n{cache}" for s, dtype, cache in groups],
+            [f"{dimensions(shape)}\n{dtype}\n{cache}" for shape, dtype, cache in groups],
             fontsize="x-small",
         )
         panel.set_yscale(scale)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bench import limits, machine, plots, records, targets
 from bench.cases import OPS
+from bench.inputs import dimensions
 from bench.peers import OURS
 from bench.records import Record
 from qlora.files import replaced
@@ -77,8 +78,12 @@ def op_table(entries: Sequence[dict]) -> str:
     rows = []
     for found in by_case.values():
         first, ours = next(iter(found.values())), found.get(OURS)
-        shape = "x".join(map(str, first["shape"]))
-        way = [shape, "" if first["m"] is None else str(first["m"]), first["dtype"], first["cache"]]
+        way = [
+            dimensions(first["shape"]),
+            "" if first["m"] is None else str(first["m"]),
+            first["dtype"],
+            first["cache"],
+        ]
         numbers = [_cell(ours), _limit(ours), _memory(ours), *([_host(ours)] if gpu else [])]
         rows.append([*way, *numbers, *(_cell(found.get(name)) for name in names)])
     return table(header, rows)

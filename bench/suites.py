@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -17,11 +18,17 @@ MODELS: dict[str, dict[str, tuple[int, int]]] = {
     "Qwen3 32B": {"q": (8192, 5120), "k, v": (1024, 5120), "gate, up": (25600, 5120), "down": (5120, 25600)},
     "Mixtral 8x7B": {"an expert": (14336, 4096), "embedding": (32000, 4096)},
 }
+# [experts, out_features, in_features]
+EXPERTS: dict[str, dict[str, tuple[int, int, int]]] = {
+    "Mixtral 8x7B": {"experts' gate, up": (8, 14336, 4096), "experts' down": (8, 4096, 14336)},
+    "Qwen3 30B-A3B": {"experts' gate, up": (128, 768, 2048), "experts' down": (128, 2048, 768)},
+}
 
 
-def layer_name(shape: tuple[int, int]) -> str:
-    """The first layer of MODELS that has this shape, "" if none has."""
-    return next((f"{m} {layer}" for m, layers in MODELS.items() for layer, s in layers.items() if s == shape), "")
+def layer_name(shape: tuple[int, ...]) -> str:
+    """The first layer of MODELS or EXPERTS that has this shape, "" if none has."""
+    known = (*MODELS.items(), *EXPERTS.items())
+    return next((f"{m} {layer}" for m, layers in known for layer, s in layers.items() if s == shape), "")
 
 
 TRANSFORMS = ("quantize_4bit", "dequantize_4bit", "quantize_int8", "quantize_int8_columns", "dequantize_int8")
@@ -40,12 +47,21 @@ def _embedding(*rows: int) -> Iterator[Case]:
     return _layers("embedding_4bit", (MODELS["Mixtral 8x7B"]["embedding"],), rows, backward=(False,), cache="warm")
 
 
+def tiny(op: str) -> tuple[int, ...]:
+    """A shape that takes no time."""
+    return (3, 128, 256) if op == "linear_4bit_experts" else (128, 256)
+
+
 def _quick(device: str) -> Iterator[Case]:
-    """Seconds: every op once, forward and backward."""
+    """Seconds: every op once, forward and backward.
+
+    Under Triton's interpreter in float16 and on one copy: it is wrong about bfloat16, and slow.
+    """
+    dtype, cache = (torch.float16, "warm") if os.environ.get("TRITON_INTERPRET") == "1" else (BF16, "cold")
     for op, entry in OPS.items():
         for m in (1, 5) if entry.rows else (None,):
             for backward in (False, True) if entry.backward else (False,):
-                yield Case(op, (128, 256), BF16, m, backward, "cold")
+                yield Case(op, tiny(op), dtype, m, backward, cache)
 
 
 def _default_cpu(device: str) -> Iterator[Case]:
@@ -79,6 +95,8 @@ def _default_cuda(device: str) -> Iterator[Case]:
     yield from _layers("linear_int8", ((4096, 4096), (8192, 28672)), (1, 16, 256, 2048, 8192))
     yield from _layers("lora_linear_4bit", ((4096, 4096), (14336, 4096)), (2048, 8192), backward=(True,))
     yield from _layers("lora_linear_int8", ((4096, 4096),), (2048, 8192), backward=(True,))
+    yield from _layers("linear_4bit_experts", ((8, 14336, 4096), (128, 768, 2048)), (16, 256, 4096))
+    yield from _layers("lora_linear_4bit_adapters", ((4096, 4096),), (16, 256, 4096))
     yield from _embedding(1, 1024, 16384)
     yield from _layers(
         "linear_4bit", llama8[1:] + llama70[:2], (1, 4, 16, 64, 256, 1024, 4096, 16384), backward=(False,)
@@ -96,6 +114,10 @@ def _full(device: str) -> Iterator[Case]:
                 yield Case(op, shape, dtype)
     for op in ("linear_4bit", "linear_int8", "lora_linear_4bit", "lora_linear_int8"):
         yield from _layers(op, layers, rows)
+    if device == "cuda":
+        experts = [layer for model in EXPERTS.values() for layer in model.values()]
+        yield from _layers("linear_4bit_experts", experts, rows)
+        yield from _layers("lora_linear_4bit_adapters", MODELS["Llama-3 8B"].values(), rows)
     yield from _embedding(*rows)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from bench.inputs import dimensions
 from bench.peers import OURS
 from bench.records import Record
 
@@ -94,7 +95,7 @@ class Outcome:
 def place(entry: dict) -> str:
     """Where a result was measured, in short."""
     rows = "" if entry["m"] is None else f", M = {entry['m']}"
-    return f"{entry['shape'][0]}x{entry['shape'][1]}{rows}"
+    return f"{dimensions(entry['shape'])}{rows}"
 
 
 def speed_up(entry: dict) -> float | None:

@@ -312,6 +312,12 @@ def test_benchmarks_continue_a_record_of_the_same_sources_only(options):
     assert "--resume" not in named("ops").commands(options, 60)[0].arguments and not record.exists()
 
 
+def test_a_dry_run_measures_the_triton_kernels_under_the_interpreter(options):
+    assert named("ops").commands(options, 60)[0].environment == {}
+    (command,) = named("ops").commands(dataclasses.replace(options, dry_run=True), 60)
+    assert command.environment["TRITON_INTERPRET"] == "1" and "--quick" in command.arguments
+
+
 def test_models_run_by_the_triton_kernels(options):
     (command,) = named("model").commands(options, 60)
     assert command.environment == {"QUANTLIB_BACKEND": "triton"}

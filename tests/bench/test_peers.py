@@ -1,8 +1,13 @@
 """Contestants: ours hold the budget, wrong ones are found out, missing ones say why."""
 
+import importlib.util
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +17,8 @@ from bench import contest, peers, peers_quantlib, peers_torch
 from bench.cases import OPS, make_weights
 from bench.inputs import Case, Source
 from bench.peers import CONTESTANTS, Contestant, Unavailable
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -79,6 +86,55 @@ def test_a_step_returns_the_gradients():
     assert torch.equal(y, rows.x @ weight.t()) and rows.x.grad is None
 
 
+@pytest.mark.parametrize("op", contest.MANY)
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("m", [1, 16])
+def test_peers_of_experts_and_adapters_compute_the_same(op, backward, m):
+    """With rows enough that an expert has none, several sequences share an adapter, and some have none."""
+    case = Case(op, (4, 32, 64) if "experts" in op else (32, 64), torch.bfloat16, m, backward)
+    w, rows = make_weights(case, Source("cpu")), OPS[op].rows(case, Source("cpu", 1))
+    statuses = {}
+    for peer in CONTESTANTS[op]:
+        try:
+            entry = peer.entry(case.group, w)
+        except Unavailable as reason:
+            statuses[peer.name] = str(reason)
+            continue
+        right = (entry.truth or (lambda rows: OPS[op].truth(w, rows)))(rows)
+        with torch.set_grad_enabled(backward):
+            found = entry.results(entry.run(rows))
+        statuses[peer.name] = peers.verdict(found, right, OPS[op].plain(w, rows))[0]
+    assert "serves cuda tensors, not cpu" in statuses.pop("quantlib")
+    missing = [name for name, status in statuses.items() if "not installed" in status]
+    assert all(status == "ok" for name, status in statuses.items() if name not in missing), statuses
+    assert len(statuses) > len(missing)
+
+
+INTERPRETED = """
+import torch
+from bench import contest, peers
+from bench.cases import OPS, make_weights
+from bench.inputs import Case, Source
+from bench.suites import suite
+
+cases = [case for case in suite("quick", "cpu") if case.op in contest.MANY]
+assert {(case.dtype, case.cache) for case in cases} == {(torch.float16, "warm")}
+for case in cases:
+    w, rows = make_weights(case.group, Source("cpu")), OPS[case.op].rows(case, Source("cpu", 1))
+    entry = peers.CONTESTANTS[case.op][0].entry(case.group, w)
+    found = peers.verdict(entry.results(entry.run(rows)), OPS[case.op].truth(w, rows), OPS[case.op].plain(w, rows))
+    assert found[0] == "ok", (str(case), found)
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
+def test_our_kernels_of_experts_and_adapters_under_the_interpreter():
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_backends_on_request_say_why_they_are_not_measured():
     case = Case("dequantize_4bit", (8, 64), torch.bfloat16)
     weights = make_weights(case, Source("cpu"))
@@ -87,7 +143,12 @@ def test_backends_on_request_say_why_they_are_not_measured():
         triton.entry(case, weights)
 
 
-@pytest.mark.parametrize("op, backward", [(op, way) for op in OPS for way in (False, True)[: 1 + OPS[op].backward]])
+REGISTERED = [op for op in OPS if op not in contest.MANY]
+
+
+@pytest.mark.parametrize(
+    "op, backward", [(op, way) for op in REGISTERED for way in (False, True)[: 1 + OPS[op].backward]]
+)
 def test_a_backend_on_request_runs_what_ours_runs(op, backward, monkeypatch):
     """The same way as that of the CUDA and Triton kernels, with the reference's."""
     backends, seen = peers_quantlib.backends, []
@@ -96,7 +157,7 @@ def test_a_backend_on_request_runs_what_ours_runs(op, backward, monkeypatch):
     stand_in = replace(reference, name="stand-in", kernel=kernel, manual="not run")
     monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, stand_in))
     monkeypatch.setitem(CONTESTANTS, op, [peer for peer in CONTESTANTS[op] if peer.name == "quantlib"])
-    for other in OPS.keys() - {op}:
+    for other in set(REGISTERED) - {op}:
         monkeypatch.setitem(CONTESTANTS, other, [])
     peers_quantlib._on_request(stand_in)
     case = Case(op, (32, 64), torch.bfloat16, 5 if OPS[op].rows else None, backward=backward)
