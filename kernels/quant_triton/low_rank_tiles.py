@@ -26,7 +26,7 @@ def multiplies_slowly(arch: Architecture, dtype: torch.dtype) -> bool:
 
 def branch_factors(arch: Architecture, rank: int, dtype: torch.dtype) -> int:
     """How many factors of a branch of that rank a product takes at once: more would take its registers."""
-    return min(rank_key(rank), 16 if multiplies_slowly(arch, dtype) else 64)
+    return min(rank_key(rank), 16 if multiplies_slowly(arch, dtype) else 32)
 
 
 def _stages(arch: Architecture, bytes_per_stage: int) -> int:
