@@ -53,6 +53,16 @@ def test_a_branch_per_expert():
     torch.testing.assert_close(y, linear_4bit_grouped(x, *weight, N, None, ends) + branch)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_gradient_with_a_branch_per_expert(p):
+    ends, expert, weight = experts([5, 0, 20])
+    dy, ds, a, seed = torch.randn(25, N), torch.randn(25, 6), torch.randn(3, 6, K), torch.tensor([9]) if p else None
+    dx = linear_4bit_grouped_dx(dy, *weight, K, ends, Lora(ds, a.transpose(1, 2), 0.5, seed, p))
+    branch = 0.5 * torch.einsum("mr,mrk->mk", ds, a[expert])
+    branch = reference.dropout(branch, seed, p) if p else branch
+    torch.testing.assert_close(dx, linear_4bit_grouped_dx(dy, *weight, K, ends) + branch)
+
+
 def test_rows_of_any_strides():
     ends, _, weight = experts([5, 0, 20])
     x = torch.randn(25, K)

@@ -8,7 +8,7 @@ import torch
 from quant_triton.branch import Lora
 from quant_triton.launch import forced
 from quant_triton.linear_4bit import fusable, fused, linear_4bit, settings_for
-from quant_triton.linear_4bit_backward import linear_4bit_dx
+from quant_triton.linear_4bit_backward import fused_dx, linear_4bit_dx, settings_for_dx
 from quantlib import functional, reference
 from tests.gpu.harness import assert_error_within
 
@@ -136,3 +136,23 @@ def test_a_branch_of_low_rank_is_added_before_rounding(rank, m, dtype):
     exact = reference.linear_4bit(x.double(), *weight, n, bias.double()) + 0.5 * s.double() @ b.double().t()
     plain = reference.linear_4bit(x, *weight, n, bias) + 0.5 * s @ b.t()
     assert_error_within(y, plain, exact)
+
+
+@every_dtype
+@pytest.mark.parametrize("m, n", [(3, 70), (20, 300)])
+@pytest.mark.parametrize("rank", [1, 20, 70])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_gradient_takes_its_branch_before_rounding(p, rank, m, n, dtype):
+    k = 320
+    weight, dy, seed = quantized(n, k), torch.randn(m, n).to(dtype), torch.tensor([2**40 + 5]) if p else None
+    ds, a = torch.randn(m, rank).to(dtype), torch.randn(rank, k)
+    dx = fused_dx(dy, weight, k, settings_for_dx(dy, weight, k), lora=Lora(ds, a.t(), 0.5, seed, p))
+
+    branch = 0.5 * ds.double() @ a.to(dtype).double()
+    branch = reference.dropout(branch, seed, p) if p else branch
+    plain = reference.linear_4bit_dx(dy, *weight, k) + branch.to(dtype)
+    assert_error_within(dx, plain, reference.linear_4bit_dx(dy.double(), *weight, k) + branch, factor=1.5)
+    if dtype == torch.float16:  # rounded once, so that only the order of sums can make a difference
+        decoded = reference.dequantize_4bit(*weight, (n, k), dtype)
+        once = (dy.double() @ decoded.double() + branch).to(dtype)
+        assert (dx != once).double().mean() < 0.01
