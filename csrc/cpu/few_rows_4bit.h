@@ -262,7 +262,10 @@ static bool few_rows(const Product& p, const Weight4bit& w, const E* x, int64_t 
   for (int64_t k = 0; k < p.depth; k += depth)
     for (int64_t n = first; n < last; n += kFewColumns<M>)
       few_dots<M>(w, x, p.depth, n, last, k, k + depth < p.depth ? k + depth : p.depth, sums + n - first);
-  return finish<T>(p, sums, kStrip, m, M, first, last - first);
+  I32 odd = {};
+  for (int i = 0; i < M * kStrip; i += W) odd |= magnitude(load(sums + i)) >= kInf;
+  finish<T>(p, sums, kStrip, m, M, first, last - first);
+  return max(odd & 1) == 0;
 }
 
 // y = x W^T + bias, x and y of type T, multiplied as E. Returns whether all is finite.

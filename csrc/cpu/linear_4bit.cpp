@@ -42,30 +42,33 @@ struct Rows4bit {
 
 #if QUANTLIB_LEVEL > 0
 // Most rows for which dot products beat panels, measured: of bfloat16 and of floats.
-constexpr int64_t kFewRows = 18, kFewFloatRows = QUANTLIB_LEVEL == 2 ? 4 : 24;
+constexpr int64_t kFewRows = 20, kFewFloatRows = QUANTLIB_LEVEL == 2 ? 6 : 24;
 
 // Returns false if it did not compute y, or not all of it exactly: see few_rows_4bit.h.
-static bool multiply_codes(const Linear4bit& a, const Product& product) {
-  if (!has_whole_blocks(a.w, a.k)) return false;
+static bool multiply_few(const Linear4bit& a, const Product& product) {
 #if QUANTLIB_LEVEL == 2
-  if (a.dtype == DType::bf16 && a.m <= kFewRows) return few_rows<bf16, bf16>(product, a.w);
-#else
-  if (a.dtype == DType::bf16 && a.m <= kFewFloatRows) return few_rows<float, bf16>(product, a.w);
+  if (a.dtype == DType::bf16) return a.m <= kFewRows && few_rows<bf16, bf16>(product, a.w);
 #endif
-  if (a.dtype == DType::f16 && a.m <= kFewFloatRows) return few_rows<float, f16>(product, a.w);
-  if (a.dtype == DType::f32 && a.m <= kFewFloatRows) return few_rows<float, float>(product, a.w);
-#if QUANTLIB_LEVEL == 2
-  return multiply(a.dtype, product, [&](int64_t first, int64_t last) { return CodePanels(a.w, a.k, first, last); });
-#else
-  return false;
-#endif
+  if (a.m > kFewFloatRows) return false;
+  switch (a.dtype) {
+    case DType::f32: return few_rows<float, float>(product, a.w);
+    case DType::f16: return few_rows<float, f16>(product, a.w);
+    default: return few_rows<float, bf16>(product, a.w);
+  }
 }
 #endif
 
 void linear_4bit(const Linear4bit& a) {
   const Product product{a.x, a.bias, a.m, a.n, a.k, a.y, nullptr, a.branch};
 #if QUANTLIB_LEVEL > 0
-  if (multiply_codes(a, product)) return;
+  const bool whole_blocks = has_whole_blocks(a.w, a.k);
+  if (whole_blocks && multiply_few(a, product)) return;
+#endif
+#if QUANTLIB_LEVEL == 2
+  if (whole_blocks) {
+    multiply(a.dtype, product, [&](int64_t first, int64_t last) { return CodePanels(a.w, a.k, first, last); });
+    return;
+  }
 #endif
   const PlainWeight plain(a.w, 0, a.n * a.k);
   const Rows4bit rows{plain.w, a.k};

@@ -352,8 +352,13 @@ struct PanelsInt8 : RowPanels<RowsInt8> {
     alignas(4) Int ones[kPer<Int>];
     for (Int& one : ones) one = 1;
     const int64_t steps = (length + kPer<Int> - 1) / kPer<Int>;
-    for (int64_t i = 0; i < steps * kColumns; i += W)
-      add_to(columns.row_sums + i % kColumns, multiply_add(ones, load_raw<F32>(panel + i * kPer<Int>), I32{}));
+    I32 sums[kVectors] = {};
+    for (int64_t i = 0; i < steps; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v)
+        sums[v] = multiply_add(ones, load_raw<F32>(panel + (i * kColumns + v * W) * kPer<Int>), sums[v]);
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) add_to(columns.row_sums + v * W, sums[v]);
   }
 };
 

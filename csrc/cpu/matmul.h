@@ -11,9 +11,6 @@
 // Panels is what knows the weight, one per thread, for some of the columns:
 //   start(first, count)                             the next kColumns columns, count of them real
 //   build<E>(first, count, begin, length, E* panel) a stretch of their panel
-//   coded<E>(the same)                              or what decodes it on the way, for up to kCodedTiles<E> tiles of x
-//   scales(begin), scale_shift                      what multiplies the sum of each 2^scale_shift elements, kColumns
-//                                                   floats each; null if the panel holds the weights themselves
 
 #if QUANTLIB_LEVEL == 2
 constexpr int kTileRows = 12;
@@ -64,11 +61,9 @@ SIMD_INLINE I32 multiply_add(const Int* x, F32 w, I32 acc) {
 SIMD_INLINE I32 multiply_add(const Int* x, F32 w, I32 acc) { return acc + set1(*x) * (I32)w; }
 #endif
 
-SIMD_INLINE void add_to(float* p, F32 v, const float* scale = nullptr) {
-  store(p, scale ? fma(v, load(scale), load(p)) : load(p) + v);
-}
+SIMD_INLINE void add_to(float* p, F32 v) { store(p, load(p) + v); }
 // Sums that 128 was added to may wrap around on the way.
-SIMD_INLINE void add_to(int32_t* p, I32 v, const float* = nullptr) { store_raw(p, load_raw<U32>(p) + (U32)v); }
+SIMD_INLINE void add_to(int32_t* p, I32 v) { store_raw(p, load_raw<U32>(p) + (U32)v); }
 
 // Steps summed in registers before they are added to the total: about what minimises float32's rounding error, which
 // must not exceed that of the matmul to compare with. bfloat16's own rounding hides it.
@@ -77,56 +72,39 @@ SIMD_INLINE int64_t chain_length(int64_t steps) {
   return kPer<E> > 1 ? 512 : steps <= 256 ? 16 : steps <= 1024 ? 32 : 128;
 }
 
-// A panel in memory. Vectors of a panel are asked for kAtOnce steps at a time.
-template <class E>
-struct Decoded {
-  typedef E Element;
-  static constexpr int kAtOnce = 1;
-  const E* panel;
-
-  SIMD_INLINE_MEMBER Decoded from(int64_t step) const { return {panel + step * kColumns * kPer<E>}; }
-  SIMD_INLINE_MEMBER F32 vector(int64_t step, int, int v) const {
-    return load_raw<F32>(panel + (step * kColumns + v * W) * kPer<E>);
-  }
-};
-
-// out[r * kColumns + c] += scale[c] (or 1) times tile row r . panel column c. Not inlined, because the compiler would
-// carry `out` from one chain to the next in registers it does not have.
-template <int R, class Panel, class E = typename Panel::Element>
-[[gnu::noinline]] static void tile_chain(const E* x, const Panel& source, int64_t steps, const float* scale,
-                                         typename SumsOf<E>::Sum* out) {
-  const Panel panel = source;
+// out[r * kColumns + c] += tile row r . panel column c. Not inlined, because the compiler would carry `out` from one
+// chain to the next in registers it does not have.
+template <int R, class E>
+[[gnu::noinline]] static void tile_chain(const E* x, const E* panel, int64_t steps, typename SumsOf<E>::Sum* out) {
   typename SumsOf<E>::Vector acc[R][kVectors] = {};
-  for (int64_t i = 0; i < steps; i += Panel::kAtOnce)
-#pragma GCC unroll 8
-    for (int s = 0; s < Panel::kAtOnce; ++s) {
-      F32 w[kVectors];
+  for (int64_t i = 0; i < steps; ++i) {
+    F32 w[kVectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) w[v] = panel.vector(i, s, v);
+    for (int v = 0; v < kVectors; ++v) w[v] = load_raw<F32>(panel + (i * kColumns + v * W) * kPer<E>);
 #pragma GCC unroll 12
-      for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = multiply_add(x + ((i + s) * R + r) * kPer<E>, w[v], acc[r][v]);
-    }
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = multiply_add(x + (i * R + r) * kPer<E>, w[v], acc[r][v]);
+  }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) add_to(out + r * kColumns + v * W, acc[r][v], scale ? scale + v * W : nullptr);
+    for (int v = 0; v < kVectors; ++v) add_to(out + r * kColumns + v * W, acc[r][v]);
 }
 
-// The same for a stretch: chains of `chain` steps, with scales for every scale_steps steps if there are any. Float32
-// chains are summed apart from the total: adding each to it gave errors of eight times their root mean square.
-template <int R, class Panel, class E = typename Panel::Element>
-static void tile_times_panel(int64_t rows, const E* x, const Panel& panel, int64_t steps, int64_t chain,
-                             const float* scales, int64_t scale_steps, typename SumsOf<E>::Sum* out) {
+// The same for a stretch, in chains of `chain` steps. Float32 chains are summed apart from the total: adding each to it
+// gave errors of eight times their root mean square.
+template <int R, class E>
+static void tile_times_panel(int64_t rows, const E* x, const E* panel, int64_t steps, int64_t chain,
+                             typename SumsOf<E>::Sum* out) {
   if constexpr (R > 1)
-    if (rows < R) return tile_times_panel<R - 1>(rows, x, panel, steps, chain, scales, scale_steps, out);
+    if (rows < R) return tile_times_panel<R - 1>(rows, x, panel, steps, chain, out);
   const bool apart = kPer<E> == 1 && steps > chain;
   alignas(64) typename SumsOf<E>::Sum sum[R * kColumns];
   if (apart) __builtin_memset(sum, 0, sizeof(sum));
   for (int64_t i = 0; i < steps; i += chain)
-    tile_chain<R>(x + i * R * kPer<E>, panel.from(i), steps - i < chain ? steps - i : chain,
-                  scales ? scales + i / scale_steps * kColumns : nullptr, apart ? sum : out);
+    tile_chain<R>(x + i * R * kPer<E>, panel + i * kColumns * kPer<E>, steps - i < chain ? steps - i : chain,
+                  apart ? sum : out);
   if (apart)
     for (int64_t i = 0; i < R * kColumns; i += W) add_to(out + i, load_raw<typename SumsOf<E>::Vector>(sum + i));
 }
@@ -181,11 +159,7 @@ constexpr int64_t kStretch = 256;
 template <class Rows>
 struct RowPanels {
   const Rows& w;
-  static constexpr int scale_shift = 0;
-  template <class E>
-  static constexpr int64_t kCodedTiles = 0;
   void start(int64_t, int64_t) const {}
-  const float* scales(int64_t) const { return nullptr; }
 
   template <class E>
   void build(int64_t first, int64_t count, int64_t begin, int64_t length, E* panel) const {
@@ -230,11 +204,7 @@ SIMD_INLINE void interleave(const bf16* a, const bf16* b, bf16* panel) {
 template <class Rows>
 struct ColumnPanels {
   Rows source;
-  static constexpr int scale_shift = 0;
-  template <class E>
-  static constexpr int64_t kCodedTiles = 0;
   void start(int64_t, int64_t) const {}
-  const float* scales(int64_t) const { return nullptr; }
 
   void build(int64_t first, int64_t count, int64_t begin, int64_t length, float* panel) const {
     const Rows w = source;  // a local copy need not be read again after every write
@@ -326,23 +296,10 @@ static void multiply_panels(int64_t m, int64_t columns, int64_t depth, const Rea
         __builtin_memset(sums, 0, sizeof(Sum) * tiling.rows * kColumns);
         for (int64_t begin = 0; begin < depth; begin += kStretch) {
           const int64_t length = depth - begin < kStretch ? depth - begin : kStretch;
-          const float* scales = panels.scales(begin);
-          const int64_t scale_steps = (int64_t(1) << panels.scale_shift) / kPer<E>;
-          const auto products = [&](const auto& source) {
-            for (int64_t t = 0; t < tiling.tiles; ++t)
-              tile_times_panel<kTileRows>(tiling.rows_of(t), packed + t * tile_size + begin * tiling.rows_of(t), source,
-                                          (length + kPer<E> - 1) / kPer<E>,
-                                          scales && scale_steps < chain ? scale_steps : chain, scales, scale_steps,
-                                          sums + t * tiling.height * kColumns);
-          };
-          if constexpr (Panels::template kCodedTiles<E> > 0) {
-            if (tiling.tiles <= Panels::template kCodedTiles<E>) {
-              products(panels.template coded<E>(c0, count, begin, length, reinterpret_cast<uint32_t*>(panel)));
-              continue;
-            }
-          }
           panels.build(c0, count, begin, length, panel);
-          products(Decoded<E>{panel});
+          for (int64_t t = 0; t < tiling.tiles; ++t)
+            tile_times_panel<kTileRows>(tiling.rows_of(t), packed + t * tile_size + begin * tiling.rows_of(t), panel,
+                                        (length + kPer<E> - 1) / kPer<E>, chain, sums + t * tiling.height * kColumns);
         }
         finish(panels, tiling, static_cast<Sum*>(sums), c0, count);
       }
@@ -362,12 +319,9 @@ struct Product {
 };
 
 // Adds branch and bias, rounds and stores `count` columns from c0 on of rows of sums, `stride` floats each and whole
-// vectors. Returns whether all sums of the base are finite.
+// vectors.
 template <class T>
-static bool finish(const Product& p, float* sums, int64_t stride, int64_t m0, int64_t rows, int64_t c0, int64_t count) {
-  I32 odd = {};
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < count; c += W) odd |= magnitude(load(sums + r * stride + c)) >= kInf;
+static void finish(const Product& p, float* sums, int64_t stride, int64_t m0, int64_t rows, int64_t c0, int64_t count) {
   if (p.branch.rank) add_branch(p.branch, sums, stride, m0, rows, c0, count);
   for (int64_t r = 0; r < rows; ++r) {
     float* row = sums + r * stride;
@@ -375,13 +329,10 @@ static bool finish(const Product& p, float* sums, int64_t stride, int64_t m0, in
       for (int64_t c = 0; c < count; ++c) row[c] += widen(static_cast<const T*>(p.bias)[c0 + c]);
     convert(row, count, static_cast<T*>(p.y) + (m0 + r) * p.columns + c0);
   }
-  return max(odd & 1) == 0;
 }
 
-// Returns whether all sums were finite.
 template <class E, class T, class MakePanels>
-static bool multiply(const Product& p, const MakePanels& panels_of) {
-  bool finite = true;
+static void multiply(const Product& p, const MakePanels& panels_of) {
   multiply_panels<E>(
       p.m, p.columns, p.depth,
       [&](int64_t row, int64_t begin, int64_t length, E* out) {
@@ -389,24 +340,22 @@ static bool multiply(const Product& p, const MakePanels& panels_of) {
       },
       panels_of,
       [&](const auto&, const Tiling& tiling, float* sums, int64_t c0, int64_t count) {
-        if (!finish<T>(p, sums, kColumns, tiling.first, tiling.rows, c0, count))
-          __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+        finish<T>(p, sums, kColumns, tiling.first, tiling.rows, c0, count);
       });
-  return finite;
 }
 
 // bfloat16 multiplies as it is where the CPU can; elsewhere, and for float16, the product is float32's and weights
 // enter it unrounded.
 template <class MakePanels>
-static bool multiply(DType dtype, const Product& p, const MakePanels& panels_of) {
+static void multiply(DType dtype, const Product& p, const MakePanels& panels_of) {
   switch (dtype) {
     case DType::f32: return multiply<float, float>(p, panels_of);
     case DType::f16: return multiply<float, f16>(p, panels_of);
     default: break;
   }
 #if QUANTLIB_LEVEL == 2
-  return multiply<bf16, bf16>(p, panels_of);
+  multiply<bf16, bf16>(p, panels_of);
 #else
-  return multiply<float, bf16>(p, panels_of);
+  multiply<float, bf16>(p, panels_of);
 #endif
 }
