@@ -160,6 +160,8 @@ def admit(contestant: Contestant, settings: Settings, truth: Truth) -> tuple[Run
         try:
             errors = distances(runner.truth(), truth)
             reason, status = complaint(errors), "wrong"
+        except ImportError as error:
+            reason = _first_line(error)
         except Exception as error:  # a peer may fail in any way
             reason = _first_line(error)
             status = "wrong" if isinstance(error, FloatingPointError) else "failed"

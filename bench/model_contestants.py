@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from types import FunctionType, MethodType
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -126,6 +127,28 @@ def _decoded_float32(weight: Tensor) -> nn.Linear:
     return _dense(quantlib.quantize_4bit(weight, "nf4", 64, double_quant=True).dequantize(torch.float32))
 
 
+def _liger(model: nn.Module) -> None:
+    """Liger-Kernel's rotation, norms, activation and loss in this model alone: it would change them in all others too.
+
+    What it replaces among the names of transformers' module is put back; only the attention, which looks its rotation
+    up there, keeps a copy of them.
+    """
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+    from transformers.models.llama import modeling_llama
+
+    names = vars(modeling_llama).copy()
+    try:
+        apply_liger_kernel_to_llama(model=model)
+        changed = vars(modeling_llama).copy()
+    finally:
+        vars(modeling_llama).update(names)
+    for layer in model.model.layers:
+        forward = type(layer.self_attn).forward
+        own = FunctionType(forward.__code__, changed, forward.__name__, forward.__defaults__, forward.__closure__)
+        own.__kwdefaults__ = forward.__kwdefaults__
+        layer.self_attn.forward = MethodType(own, layer.self_attn)
+
+
 def lora_config() -> LoraConfig:
     """LoRA on all linear layers. No dropout: contestants that drop different elements have different losses."""
     return LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -151,7 +174,7 @@ class Contestant:
     casts: PEFT's `prepare_model_for_kbit_training`, which turns every 16-bit parameter into float32.
     float32: everything is computed in float32, on the values of the 16-bit model.
     autocast: whether it is run under autocast, as transformers' Trainer with bf16=True does.
-    decodes: whether its generation is measured.
+    decodes: whether its generation is measured. patch: changes the model before it is adapted.
     """
 
     name: str
@@ -162,6 +185,7 @@ class Contestant:
     float32: bool = False
     autocast: bool = True
     decodes: bool = True
+    patch: Callable[[nn.Module], None] | None = None
 
     def missing(self, device: torch.device) -> str:
         """Why it cannot run on `device`; "" if it can."""
@@ -179,6 +203,8 @@ class Contestant:
             model = model.float()
         if self.casts:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        if self.patch:
+            self.patch(model)
         model.config.use_cache = False
         if self.layer is _ours:
             lora_ops.register_peft()
@@ -196,6 +222,14 @@ CONTESTANTS = (
     Contestant("bitsandbytes + PEFT", _bitsandbytes, needs=("bitsandbytes",)),
     Contestant("bitsandbytes + PEFT, float32 casts", _bitsandbytes, needs=("bitsandbytes",), casts=True),
     Contestant("16 bits + PEFT", _decoded),
+    Contestant(
+        "bitsandbytes + PEFT + Liger",
+        _bitsandbytes,
+        needs=("bitsandbytes", "liger_kernel"),
+        devices=("cuda",),
+        patch=_liger,
+    ),
+    Contestant("quantlib + Liger", _ours, needs=("liger_kernel",), devices=("cuda",), autocast=False, patch=_liger),
 )
 REFERENCE = Contestant("reference", _decoded_float32, float32=True, autocast=False)
 

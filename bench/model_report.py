@@ -23,7 +23,8 @@ def _gigabytes(count: float | None) -> str:
 
 
 def _cells(record: Record, task: str) -> list[dict]:
-    return [row for row in record["results"] if row["task"] == task]
+    """The rows of a task; who is unavailable is named once, below the tables."""
+    return [row for row in record["results"] if row["task"] == task and row["status"] != "unavailable"]
 
 
 def _speed(row: dict) -> tuple[str, ...]:
@@ -113,9 +114,9 @@ def page(record: Record, folder: Path) -> str:
 
 
 def section(record: Record, folder: Path) -> str:
-    """The README's share: training and generation, and the plot."""
-    parts = (_title(record), _training(record), _decoding(record), _picture(record, folder))
-    return "\n\n".join(parts)
+    """The README's share: training and generation, why anything is missing, and the plot."""
+    parts = (_title(record), _training(record), _decoding(record), _reasons(record), _picture(record, folder))
+    return "\n\n".join(part for part in parts if part)
 
 
 def plot(record: Record, path: Path) -> None:

@@ -1,6 +1,7 @@
 """The whole-model benchmark: it runs, it tells wrong from right, and it goes on where memory or time ends."""
 
 import json
+import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.autograd import DeviceType
+from transformers.models.llama import modeling_llama
 
 from bench import model, model_report, model_unsloth, records
 from bench.__main__ import main
@@ -34,6 +36,7 @@ TINY = SHAPES["tiny"]
 CELLS = model.cells([16], 16)
 SETTINGS = model.Settings(TINY, CPU, torch.bfloat16, CELLS, seconds=0.0, min_rounds=1, check_tokens=16)
 OURS_ONLY = CONTESTANTS[:1]
+GPU_ONLY = ("Unsloth", "bitsandbytes + PEFT + Liger", "quantlib + Liger")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -70,7 +73,7 @@ def test_every_contestant_computes_the_same(record):
     rows = record["results"]
     assert len(rows) == 3 * (len(CONTESTANTS) + 1)
     for row in rows:
-        assert row["status"] == "ok" or "install" in row["reason"] or row["peer"] == "Unsloth", row
+        assert row["status"] == "ok" or "install" in row["reason"] or row["peer"] in GPU_ONLY, row
     assert {row["status"] for row in rows if row["peer"] in (OURS, "16 bits + PEFT")} == {"ok"}
     assert record["errors"][OURS]["gradients"] < 0.05
 
@@ -104,7 +107,8 @@ def test_report(record, tmp_path):
     page = model_report.page(record, tmp_path)
     assert "| quantlib | 16 | yes |" in page
     assert "share of time" in page
-    assert "Unsloth: unavailable, runs on GPUs only" in page
+    for peer in GPU_ONLY:
+        assert page.count(peer) == 1 and f"- {peer}: unavailable, " in page
     assert (tmp_path / "model-tiny.png").stat().st_size > 10_000
     assert "model-tiny.png" in model_report.section(record, tmp_path)
 
@@ -177,6 +181,45 @@ def test_missing_contestants_say_why(truth):
         assert {(row["status"], row["reason"]) for row in rows} == {("unavailable", reason)}
 
 
+def test_what_does_not_import_is_unavailable(truth):
+    def layer(weight):
+        raise ImportError("too old a version of transformers")
+
+    runner, rows, _ = model.admit(Contestant("other", layer), SETTINGS, truth)
+    assert runner is None
+    assert {row["status"] for row in rows} == {"unavailable"}
+    assert all("too old a version" in row["reason"] for row in rows)
+
+
+def test_liger_changes_its_own_model_alone(monkeypatch):
+    """With a stand-in that changes transformers' names and the model as Liger-Kernel does."""
+    calls = []
+
+    def rotation(*args):
+        calls.append(args)
+        return original["apply_rotary_pos_emb"](*args)
+
+    def apply(model):
+        modeling_llama.apply_rotary_pos_emb = rotation
+        modeling_llama.LlamaRMSNorm = None
+        model.config.patched = True
+
+    original = vars(modeling_llama).copy()
+    stand_in = SimpleNamespace(apply_liger_kernel_to_llama=apply)
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(transformers=stand_in))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", stand_in)
+    (liger,) = (contestant for contestant in CONTESTANTS if contestant.name == "quantlib + Liger")
+    plain, patched = (model.Runner(contestant, SETTINGS) for contestant in (CONTESTANTS[0], liger))
+    ids = plain.tokens(1, 8)
+    for runner, count in ((plain, 0), (patched, 2 * TINY.layers), (plain, 2 * TINY.layers)):
+        runner.start(checkpointing=True)  # a layer runs twice
+        loss = runner.gradients(ids)[0]
+        assert len(calls) == count
+    assert loss == patched.gradients(ids)[0]
+    assert patched.model.config.patched and not hasattr(plain.model.config, "patched")
+    assert all(vars(modeling_llama)[name] is value for name, value in original.items())
+
+
 def _row(peer, loss, norm, median):
     return model._row(
         CELLS[0], peer, "ok", loss=loss, gradient_norm=norm, median=median, tokens_per_second=1.0, operations=1, read=1
@@ -200,7 +243,7 @@ def test_nan_is_out_of_tolerance():
 
 
 def test_models_that_do_not_fit_together_run_alone(monkeypatch):
-    contestants = (CONTESTANTS[0], CONTESTANTS[-1])
+    contestants = (CONTESTANTS[0], CONTESTANTS[3])
     together, alone = [], []
 
     def measure(runners, cell):
