@@ -17,6 +17,12 @@
 
 #include "cpu/cpu.h"
 
+// Since PyTorch 2.11; null before.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* out, int32_t layout, const uint8_t* metadata,
+    int64_t metadata_size, void (*release)(void* data, void* context), void* context);
+
 namespace quantlib {
 
 namespace {
@@ -83,13 +89,6 @@ Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) {
   return out;
 }
 
-Sizes with_last(const Tensor& x, int64_t size) {
-  Sizes sizes(x.sizes().begin(), x.sizes().end());
-  STD_TORCH_CHECK(!sizes.empty(), "the input needs at least one dimension");
-  sizes.back() = size;
-  return sizes;
-}
-
 int64_t product(const Sizes& sizes) {
   int64_t n = 1;
   for (int64_t size : sizes) {
@@ -97,6 +96,33 @@ int64_t product(const Sizes& sizes) {
     n *= size;
   }
   return n;
+}
+
+// A result that may be a whole weight: in a reused block if it is large, where PyTorch (2.11 on) can own one.
+Tensor empty_weight(const Tensor& like, const Sizes& sizes, ScalarType type) {
+  const int64_t bytes = product(sizes) * (type == ScalarType::Float ? 4 : 2);
+  if (bytes < kBlockBytes || !torch_from_blob) return empty(like, sizes, type);
+  Sizes strides(sizes.size(), 1);
+  for (size_t i = sizes.size() - 1; i-- > 0;) strides[i] = strides[i + 1] * sizes[i + 1];
+  const int32_t dtype = type == ScalarType::Float  ? aoti_torch_dtype_float32()
+                        : type == ScalarType::Half ? aoti_torch_dtype_float16()
+                                                   : aoti_torch_dtype_bfloat16();
+  Block* const block = acquire_block(bytes);
+  const auto release = [](void*, void* block) { release_block(static_cast<Block*>(block)); };
+  AtenTensorHandle handle;
+  const auto failed = torch_from_blob(block->data, int64_t(sizes.size()), sizes.data(), strides.data(), 0, dtype,
+                                      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr,
+                                      0, release, block);
+  if (failed) release_block(block);
+  STD_TORCH_CHECK(!failed, "PyTorch did not take a result of ", bytes, " bytes");
+  return Tensor(handle);
+}
+
+Sizes with_last(const Tensor& x, int64_t size) {
+  Sizes sizes(x.sizes().begin(), x.sizes().end());
+  STD_TORCH_CHECK(!sizes.empty(), "the input needs at least one dimension");
+  sizes.back() = size;
+  return sizes;
 }
 
 int64_t rows_of(const Tensor& x) {
@@ -167,7 +193,7 @@ Tensor dequantize_4bit_op(const Tensor& packed, const Tensor& absmax, OptionalTe
   const DType dtype = dtype_of(type, "dequantize_4bit");
   const int64_t n = product(shape);
   const Weight w(packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size, n, "dequantize_4bit");
-  Tensor out = empty(packed, shape, type);
+  Tensor out = empty_weight(packed, shape, type);
   dequantize_4bit(w.view, n, dtype, out.mutable_data_ptr());
   return out;
 }
@@ -391,7 +417,7 @@ Tensor dequantize_int8_op(const Tensor& values_, const Tensor& absmax_, std::opt
   const Tensor values = input(values_, ScalarType::Char, 0, "dequantize_int8", "values");
   const Tensor absmax = input(absmax_, ScalarType::Float, by_column ? (n ? period : 0) : (n + period - 1) / period,
                               "dequantize_int8", "absmax");
-  Tensor out = empty(values, Sizes(values.sizes().begin(), values.sizes().end()), type);
+  Tensor out = empty_weight(values, Sizes(values.sizes().begin(), values.sizes().end()), type);
   dequantize_int8(values.const_data_ptr<int8_t>(), absmax.const_data_ptr<float>(), by_column, n, period, dtype,
                   out.mutable_data_ptr());
   return out;

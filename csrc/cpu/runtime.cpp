@@ -29,9 +29,10 @@ Isa best_isa() {
   return Isa::portable;
 }
 
+static constexpr int64_t kHuge = int64_t(2) << 20;  // bytes of a huge page
+
 void expect_writes(void* data, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
@@ -67,7 +68,39 @@ struct Buffer {
 };
 thread_local Buffer buffers[9];
 
+std::atomic<Block*> kept_block{nullptr};
+
+void free_block(Block* block) {
+  if (block) std::free(block->data);
+  delete block;
+}
+
+// Whether the system may take the block's pages now, without which it is not kept.
+bool lend_pages(const Block& block) {
+#ifdef MADV_FREE
+  return madvise(block.data, static_cast<size_t>(block.bytes), MADV_FREE) == 0;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
+
+Block* acquire_block(int64_t bytes) {
+  Block* const kept = kept_block.exchange(nullptr);
+  if (kept && kept->bytes >= bytes && kept->bytes / 2 <= bytes) return kept;
+  free_block(kept);
+  const int64_t rounded = (bytes + kHuge - 1) / kHuge * kHuge;
+  void* const data = std::aligned_alloc(kHuge, static_cast<size_t>(rounded));
+  if (!data) throw std::bad_alloc();
+  expect_writes(data, rounded);
+  return new Block{data, rounded};
+}
+
+void release_block(Block* block) {
+  constexpr int64_t kMost = int64_t(256) << 20;
+  free_block(block->bytes <= kMost && lend_pages(*block) ? kept_block.exchange(block) : block);
+}
 
 Isa isa() { return current.load(std::memory_order_relaxed); }
 void set_isa(Isa isa) { current.store(isa, std::memory_order_relaxed); }
