@@ -56,13 +56,17 @@ def _dequantize(dtype: str, nested: bool) -> Variant:
 
 
 def _embedding(dtype: str, nested: bool) -> Variant:
+    def constants(arch: Architecture) -> dict:
+        sizes = {"BLOCK_SIZE": 64, "BLOCK": nf4._EMBEDDED_AT_ONCE}
+        return sizes | {"DOUBLE_QUANT": nested, "WORDS": True, "LOOKUP": _scaled_lookup(arch, dtype)}
+
     return Variant(
         f"embedding_4bit {'nested ' if nested else ''}{dtype}",
         nf4._embedding_4bit,
         {**weight(nested), "indices": "*i64", "codes": "*fp32", "out": f"*{dtype}", "rows": "i32", "dim": "i32:16"},
-        {"BLOCK_SIZE": 64, "DOUBLE_QUANT": nested, "BLOCK": nf4._EMBEDDED_AT_ONCE},
+        constants,
         {"enable_fp_fusion": False},
-        Expect(store=4, absent=("fma.rn.f32",)),
+        Expect(load=16, store=16, absent=("fma.rn.f32",)),
     )
 
 
@@ -107,7 +111,7 @@ def _linear(m: int, dtype: str, nested: bool = False, block_size: int = 64, rank
         | {"codes": f"*{dtype}" if m < 64 else "*fp32", "experts": "i32"},
         constants,
         {"enable_fp_fusion": True},
-        Expect(tensor=tensor if dtype != "fp32" else {}, load=8 if block_size > 32 else 4),
+        Expect(tensor=tensor if dtype != "fp32" else {}, load=16 if block_size > 32 else 8),
         _targets("linear_4bit", m, dtype),
     )
 
@@ -163,7 +167,7 @@ def _never_stored(variant: Variant) -> Variant:
 VARIANTS = [
     *(_quantize(dtype) for dtype in TORCH),
     *(_dequantize(dtype, nested) for dtype in TORCH for nested in (False, True)),
-    *(_embedding(dtype, True) for dtype in TORCH),
+    *(_embedding(dtype, nested) for dtype in TORCH for nested in (False, True)),
     *(_linear(m, dtype) for m in (1, 16, 64, 128) for dtype in ("fp16", "bf16")),
     *(_never_stored(_linear(m, "bf16")) for m in (64, 128)),
     _linear(1, "fp32"),

@@ -30,7 +30,7 @@ from .launch import launch
 
 _DECODED_AT_ONCE = 2048  # bytes: 16 for each of 128 threads
 _QUANTIZED_AT_ONCE = 4096
-_EMBEDDED_AT_ONCE = 512
+_EMBEDDED_AT_ONCE = 4096
 
 
 @triton.jit
@@ -205,20 +205,36 @@ def _embedding_4bit(
     dim,
     BLOCK_SIZE: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
+    WORDS: tl.constexpr,
+    LOOKUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    DTYPE: tl.constexpr = out.dtype.element_ty
     place = tl.program_id(0).to(tl.int64)
     row = tl.load(indices + place).to(tl.int64)
     exists = (row >= 0) & (row < rows)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (column < dim) & exists
-    element = row * dim + column
-    byte = tl.load(packed + element // 2, mask=inside, other=0).to(tl.int32)
-    code = tl.where(element % 2 == 0, byte >> 4, byte & 15)
-    block = element // BLOCK_SIZE
-    scale = block_scales(absmax, nested_absmax, nested_codebook, offset, block, inside, DOUBLE_QUANT)
-    value = tl.where(exists, tl.load(codes + code) * scale, float("nan"))
-    tl.store(out + place * dim + column, value.to(out.dtype.element_ty), mask=column < dim)
+    start = tl.program_id(1) * BLOCK
+    if WORDS:
+        # Spans of 32 elements, 4 words, lie in one block each.
+        span = start // 32 + tl.arange(0, BLOCK // 32)
+        inside = (span < dim // 32) & exists
+        span = row * (dim // 32) + span
+        words = packed.to(tl.pointer_type(tl.int32), bitcast=True)
+        word = tl.load(words + span[:, None] * 4 + tl.arange(0, 4)[None, :], mask=inside[:, None], other=0)
+        block = span // (BLOCK_SIZE // 32)
+        scale = block_scales(absmax, nested_absmax, nested_codebook, offset, block, inside, DOUBLE_QUANT)
+        value = decode_scaled(word, tl.broadcast_to(scale[:, None], word.shape), codes, DTYPE, LOOKUP)
+        value = tl.reshape(value, (BLOCK,))
+    else:
+        element = row * dim + start + tl.arange(0, BLOCK)
+        inside = (start + tl.arange(0, BLOCK) < dim) & exists
+        byte = tl.load(packed + element // 2, mask=inside, other=0).to(tl.int32)
+        code = tl.where(element % 2 == 0, byte >> 4, byte & 15)
+        block = element // BLOCK_SIZE
+        scale = block_scales(absmax, nested_absmax, nested_codebook, offset, block, inside, DOUBLE_QUANT)
+        value = (tl.load(codes + code) * scale).to(DTYPE)
+    column = start + tl.arange(0, BLOCK)
+    tl.store(out + place * dim + column, tl.where(exists, value, float("nan")), mask=column < dim)
 
 
 def embedding_4bit(
@@ -264,6 +280,8 @@ def embedding_4bit(
         fp_fusion=False,
         BLOCK_SIZE=block_size,
         DOUBLE_QUANT=double_quant,
+        WORDS=embedding_dim % 32 == 0 and packed.data_ptr() % 16 == 0,
+        LOOKUP=scaled_lookup(quant_type, packed.device, dtype),
         BLOCK=_EMBEDDED_AT_ONCE,
     )
     return out

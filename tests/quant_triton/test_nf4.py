@@ -86,7 +86,7 @@ def test_dequantize_4bit_of_nothing():
 @quant_types
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_embedding_4bit_is_exact(double_quant, quant_type, dtype):
-    for dim, block_size in ((64, 64), (130, 32), (33, 64), (1030, 4096)):
+    for dim, block_size in ((64, 64), (130, 32), (33, 64), (1030, 4096), (4128, 64), (96, 128)):
         table = torch.randn(30, dim)
         table[3, 5] = float("inf")
         weight = functional.quantize_4bit(table, quant_type, block_size, double_quant=double_quant).op_args()
