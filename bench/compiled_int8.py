@@ -1,10 +1,13 @@
 """The int8 and dropout kernels as they are compiled, see `bench.compiled`."""
 
+from collections.abc import Callable
+
 import torch
 
 from bench.compiled import Expect, Variant
 from quant_triton import absmax_kernels, int8, int8_few_rows, int8_many_rows, launch
 from quant_triton.dropout import TILE, _dropout_kernel  # the package has a function of the module's name
+from quant_triton.low_rank_tiles import branch_factors
 
 
 def _quantize(name: str, dtype: str, axis: int, length: int, split: bool = False, norm: bool = False) -> Variant:
@@ -89,20 +92,41 @@ def _dropout(dtype: str, size: int) -> Variant:
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def _few_rows(m: int, split: bool, dtype: str = "bf16", n: int = 4096, k: int = 4096) -> Variant:
+def _suffix(rank: int) -> str:
+    return f" rank={rank}" if rank else ""
+
+
+def _branch(rank: int, dtype: str, transposed: bool = False) -> tuple[dict[str, str], Callable]:
+    """The signature and, by architecture, the constants of a LoRA branch with b in float32; transposed: as for dx."""
+    types = {"lora_s": f"*{dtype}", "lora_b": "*fp32", "scaling": "fp32", "rank": "i32:16"}
+    long, short = ("stride_factor", "stride_feature") if transposed else ("stride_feature", "stride_factor")
+    types[long] = "i32:16"
+    return types, lambda arch: {short: 1, "RANK": rank and branch_factors(arch, rank, _DTYPES[dtype])}
+
+
+def _few_rows(m: int, split: bool, dtype: str = "bf16", n: int = 4096, k: int = 4096, rank: int = 0) -> Variant:
+    types, factors = _branch(rank, dtype)
     return Variant(
-        f"linear_int8 {m} rows{' with outliers' if split else ''} to {n} {dtype}",
+        f"linear_int8 {m} rows{' with outliers' if split else ''}{_suffix(rank)} to {n} {dtype}",
         int8_few_rows.few_rows_kernel,
         {"x": f"*{dtype}", "w": "*i32", "w_absmax": "*fp32", "bias": f"*{dtype}", "y": f"*{dtype}", "M": "i32"}
         | dict.fromkeys(("N", "K", "x_row"), "i32:16")
-        | {"limit": "fp32"},
-        lambda arch: {"SPLIT": split, "ROWS": m, **launch.default("linear_int8_few_rows", arch, m=m, n=n, k=k)},
+        | {"limit": "fp32"}
+        | types,
+        lambda arch: {
+            "SPLIT": split,
+            "ROWS": m,
+            **factors(arch),
+            **launch.default("linear_int8_few_rows", arch, m=m, n=n, k=k),
+        },
         {"enable_fp_fusion": True},
         Expect(load=16, absent=("cvt.rn.f32.s8",)),
     )
 
 
-def _product(m: int, split: bool, dtype: str = "bf16", n: int = 4096, k: int = 4096) -> Variant:
+def _product(m: int, split: bool, dtype: str = "bf16", n: int = 4096, k: int = 4096, rank: int = 0) -> Variant:
+    types, factors = _branch(rank, dtype)
+
     def tile(arch):
         return launch.default("linear_int8", arch, m=m, n=n, k=k, dtype=_DTYPES[dtype])
 
@@ -116,40 +140,45 @@ def _product(m: int, split: bool, dtype: str = "bf16", n: int = 4096, k: int = 4
         blocks = tile(arch)
         kinds = {"x": f"*{dtype}", "q": "*i8", "w": "*i8", "x_absmax": "*fp32", "w_absmax": "*fp32"}
         kinds |= {"bias": f"*{dtype}", "y": f"*{dtype}", "M": "i32"} | dict.fromkeys(("N", "K", "x_row"), "i32:16")
-        kinds |= {name: kind for name, kind in optional(arch).items() if kind}
+        kinds |= {name: kind for name, kind in optional(arch).items() if kind} | types
         for name, rows in (("q_tiles", blocks["BLOCK_M"]), ("w_tiles", blocks["BLOCK_N"])):
             kinds[name] = f"tensordesc<i8[{rows},{blocks['BLOCK_K']}]>" if blocks["TMA"] else "*i8"
         return kinds
 
     def constants(arch):
-        return {name: None for name, kind in optional(arch).items() if not kind} | {"SPLIT": split, **tile(arch)}
+        missing = {name: None for name, kind in optional(arch).items() if not kind}
+        return {**missing, **factors(arch), "SPLIT": split, **tile(arch)}
 
-    ampere = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_100", "sm_120"), r"mma.*m16n8k32.*\.s8\.s8")
+    tensor = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_100", "sm_120"), r"mma.*m16n8k32.*\.s8\.s8")
+    tensor |= {"sm_90": r"wgmma.*k32\.s32\.s8\.s8", "gfx942": "v_mfma" if dtype == "fp32" else "v_mfma_i32"}
     return Variant(
-        f"linear_int8 {m} rows{' with outliers' if split else ''} {dtype}",
+        f"linear_int8 {m} rows{' with outliers' if split else ''}{_suffix(rank)} {dtype}",
         int8_many_rows.product_kernel,
         signature,
         constants,
         {"enable_fp_fusion": True},
-        Expect(
-            tensor={
-                **ampere,
-                "sm_90": r"wgmma.*k32\.s32\.s8\.s8",
-                "gfx942": "v_mfma" if dtype == "fp32" else "v_mfma_i32",
-            }
-        ),
+        # A branch of more factors has as many instructions of its own. Triton likes to make TF32 of float32.
+        Expect(tensor=tensor if rank <= 16 else {}, absent=("tf32",)),
     )
 
 
-def _dx(m: int, dtype: str = "bf16", n: int = 4096, k: int = 4096) -> Variant:
+def _dx(m: int, dtype: str = "bf16", n: int = 4096, k: int = 4096, rank: int = 0, drop: bool = False) -> Variant:
+    types, factors = _branch(rank, dtype, transposed=True)
     return Variant(
-        f"linear_int8_dx {m} rows {dtype}",
+        f"linear_int8_dx {m} rows{_suffix(rank)}{' dropout' if drop else ''} {dtype}",
         int8.dx_kernel,
         {"dy": f"*{dtype}", "w": "*i8", "w_absmax": "*fp32", "dx": f"*{dtype}", "M": "i32"}
-        | dict.fromkeys(("N", "K", "dy_row"), "i32:16"),
-        lambda arch: launch.default("linear_int8_dx", arch, m=m, n=n, k=k, dtype=_DTYPES[dtype]),
+        | dict.fromkeys(("N", "K", "dy_row"), "i32:16")
+        | {"lora_seed": "*i64", "threshold": "i32"}
+        | types,
+        lambda arch: {
+            "DROP": drop,
+            "QUADS": True,
+            **factors(arch),
+            **launch.default("linear_int8_dx", arch, m=m, n=n, k=k, dtype=_DTYPES[dtype]),
+        },
         {"enable_fp_fusion": False},
-        Expect(load=16, absent=("cvt.rn.f32.s8",)),
+        Expect(load=16, absent=("cvt.rn.f32.s8", "tf32")),
     )
 
 
@@ -171,7 +200,13 @@ VARIANTS = [
     *(_product(m, split) for m in (16, 2048) for split in (False, True)),
     *(_product(m, True) for m in (64, 128, 256)),
     _product(2048, True, "fp32"),
+    _few_rows(2, True, rank=64),
+    *(_product(m, True, rank=64) for m in (16, 256, 2048)),
+    *(_product(m, True, rank=16) for m in (64, 2048)),
+    _product(2048, True, "fp32", rank=64),
     *(_dx(m) for m in (16, 64, 512)),
     _dx(512, "fp32"),
+    *(_dx(m, rank=rank, drop=drop) for m, rank, drop in ((16, 16, True), (512, 64, False), (512, 64, True))),
+    _dx(512, "fp32", rank=16, drop=True),
     *(_dropout(dtype, size) for dtype, size in (("fp32", 4), ("bf16", 2))),
 ]

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .absmax_kernels import exact_float, magnitude, outlier_limit, quantized_int8
-from .int8_epilogue import store_int8
+from .branch import Lora
+from .int8_epilogue import epilogue_arguments, store_int8
 from .launch import bucket, candidates, config, default_config, launch
 
 _STEP = tl.constexpr(1 / 127)
@@ -69,6 +70,13 @@ def few_rows_kernel(
     K,
     x_row,
     limit,
+    lora_s,
+    lora_b,
+    rank,
+    stride_feature,
+    stride_factor,
+    scaling,
+    RANK: tl.constexpr,
     SPLIT: tl.constexpr,
     DP4A: tl.constexpr,
     ROWS: tl.constexpr,
@@ -118,7 +126,8 @@ def few_rows_kernel(
             acc = _dot4(words[word][None, :, :], packed[word][:, None, :], acc, DP4A)
 
     total = tl.sum(acc, 2).to(tl.float32) * (x_absmax * _STEP)[:, None] + tl.sum(extra, 2)
-    store_int8(y, total, w_absmax, bias, m, n, M, N)
+    lora = (lora_s, lora_b, rank, stride_feature, stride_factor, scaling)
+    store_int8(y, total, w_absmax, bias, lora, m, n, M, N, RANK, False)
 
 
 @default_config("linear_int8_few_rows")
@@ -142,10 +151,12 @@ def _few_rows_config(arch, block_n, vectors):
     return {"BLOCK_N": block_n, "VECTORS": vectors, "DP4A": arch.kind == "cuda", **launched}
 
 
-def few_rows(x: Tensor, w: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, y: Tensor) -> None:
+def few_rows(
+    x: Tensor, w: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, lora: Lora | None, y: Tensor
+) -> None:
     """y [M, N] = `linear_int8` of x [M, K] by w [N, K], both contiguous along K, a multiple of 16; M up to 2."""
     (m, k), n = x.shape, w.shape[0]
     tile = config("linear_int8_few_rows", x.device, m=bucket(m), n=n, k=k)
     arguments = (x, w.view(torch.int32), absmax, bias, y, m, n, k, x.stride(0), outlier_limit(threshold, x.dtype))
-    constants = {"SPLIT": threshold > 0, "ROWS": bucket(m), **tile}
+    constants = {"SPLIT": threshold > 0, "ROWS": bucket(m), **epilogue_arguments(lora, x), **tile}
     launch(few_rows_kernel, (triton.cdiv(n, tile["BLOCK_N"]),), *arguments, fp_fusion=True, **constants)

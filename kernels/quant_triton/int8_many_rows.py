@@ -8,9 +8,9 @@ what the definition says to the bit; for many rows, another launch clears them i
 larger tile. On Turing, for which Triton has no tensor-core products, the same integers are multiplied in float16, exact
 within a step.
 
-Compiled for sm_90: many rows wgmma.m64n128k32.s32.s8.s8 in tiles of 128 x 256, 242 registers, 192 KiB of shared memory,
-no spills. Triton waits for each step's wgmma, as it does unless sums are float32; steps of 128 columns keep that below
-a seventh. 16 rows: wgmma.m64n16k32, 56 registers, six stages.
+Compiled for sm_90: many rows wgmma.m64n128k32.s32.s8.s8 in tiles of 128 x 256, 241 registers, 195 or 244 with a LoRA
+branch of rank 16 or 64, 192 KiB of shared memory, no spills. Triton waits for each step's wgmma, as it does unless sums
+are float32; steps of 128 columns keep that below a seventh. 16 rows: wgmma.m64n16k32, 56 registers, six stages.
 
 Compiled and interpreted, not yet run on a GPU.
 """
@@ -25,8 +25,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .absmax import clear_outliers, quantize_rows
 from .absmax_kernels import outlier_count
-from .int8_epilogue import store_int8
-from .launch import bucket, candidates, config, default_config, dot, launch
+from .branch import Lora
+from .int8_epilogue import epilogue_arguments, product, store_int8
+from .launch import bucket, candidates, config, default_config, launch
 
 _STEP = tl.constexpr(1 / 127)
 _OUTLIERS, _OUTLIERS_INT8 = tl.constexpr(16), tl.constexpr(32)  # columns of a step, the least that tensor cores take
@@ -55,69 +56,38 @@ def _columns(pointer, row, stride, rows, column, exists):
 
 
 @triton.jit
-def _product(a, b, acc, WEIGHT_FIRST: tl.constexpr):
-    """acc + a b^T, or acc + b a^T if the weight, b, is the first operand."""
-    return dot(b, tl.trans(a), acc) if WEIGHT_FIRST else dot(a, tl.trans(b), acc)
-
-
-@triton.jit
 def _integer_product(a, b, acc, INT8: tl.constexpr, WEIGHT_FIRST: tl.constexpr):
-    """_product of int8; without INT8 in float16, whose products sum up exactly for 1040 columns."""
+    """`product` of int8; without INT8 in float16, whose products sum up exactly for 1040 columns."""
     if INT8:
-        acc = _product(a, b, acc, WEIGHT_FIRST)
+        acc = product(a, b, acc, WEIGHT_FIRST)
     else:
-        part = _product(a.to(tl.float16), b.to(tl.float16), tl.zeros(acc.shape, tl.float32), WEIGHT_FIRST)
+        part = product(a.to(tl.float16), b.to(tl.float16), tl.zeros(acc.shape, tl.float32), WEIGHT_FIRST)
         acc += part.to(tl.int32)
     return acc
 
 
 @triton.jit
-def _finish(
-    acc,
-    first_m,
-    first_n,
-    x,
-    q,
-    w,
-    x_absmax,
-    w_absmax,
-    bias,
-    count,
-    columns,
-    y,
-    M,
-    N,
-    K,
-    x_row,
-    SPLIT: tl.constexpr,
-    CLEARED: tl.constexpr,
-    INT8: tl.constexpr,
-    WEIGHT_FIRST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """From the int32 product of a tile to y."""
-    m = first_m + tl.arange(0, BLOCK_M)
-    n = first_n + tl.arange(0, BLOCK_N)
-    if SPLIT and not CLEARED:
-        for start in range(0, count, _OUTLIERS_INT8):
-            i = start + tl.arange(0, _OUTLIERS_INT8)
-            column = tl.load(columns + i, mask=i < count, other=0)
-            taken = _columns(q, m, K, M, column, i < count)
-            weight = _columns(w, n, K, N, column, i < count)
-            acc = _integer_product(-taken, weight, acc, INT8, WEIGHT_FIRST)
-    scale = tl.load(x_absmax + m, mask=m < M, other=0.0) * _STEP
-    total = acc.to(tl.float32) * tl.expand_dims(scale, 0 if WEIGHT_FIRST else 1)
-    if SPLIT:
-        for start in range(0, count, _OUTLIERS):
-            i = start + tl.arange(0, _OUTLIERS)
-            column = tl.load(columns + i, mask=i < count, other=0)
-            left = _columns(x, m, x_row, M, column, i < count)
-            weight = _columns(w, n, K, N, column, i < count).to(x.dtype.element_ty)
-            total = _product(left, weight, total, WEIGHT_FIRST)
-    if WEIGHT_FIRST:
-        total = tl.trans(total)
-    store_int8(y, total, w_absmax, bias, m, n, M, N)
+def _without_outliers(acc, q, w, columns, count, m, n, M, N, K, INT8: tl.constexpr, WEIGHT_FIRST: tl.constexpr):
+    """The int32 sums of a tile less what is in outlier columns."""
+    for start in range(0, count, _OUTLIERS_INT8):
+        i = start + tl.arange(0, _OUTLIERS_INT8)
+        column = tl.load(columns + i, mask=i < count, other=0)
+        taken = _columns(q, m, K, M, column, i < count)
+        weight = _columns(w, n, K, N, column, i < count)
+        acc = _integer_product(-taken, weight, acc, INT8, WEIGHT_FIRST)
+    return acc
+
+
+@triton.jit
+def _with_outliers(total, x, w, columns, count, m, n, M, N, K, x_row, WEIGHT_FIRST: tl.constexpr):
+    """The sums of a tile and, in x's dtype, those of outlier columns."""
+    for start in range(0, count, _OUTLIERS):
+        i = start + tl.arange(0, _OUTLIERS)
+        column = tl.load(columns + i, mask=i < count, other=0)
+        left = _columns(x, m, x_row, M, column, i < count)
+        weight = _columns(w, n, K, N, column, i < count).to(x.dtype.element_ty)
+        total = product(left, weight, total, WEIGHT_FIRST)
+    return total
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -138,6 +108,13 @@ def product_kernel(
     N,
     K,
     x_row,
+    lora_s,
+    lora_b,
+    rank,
+    stride_feature,
+    stride_factor,
+    scaling,
+    RANK: tl.constexpr,
     TMA: tl.constexpr,
     SPLIT: tl.constexpr,
     CLEARED: tl.constexpr,
@@ -180,35 +157,21 @@ def product_kernel(
         arrivals = (state + tl.cdiv(K if SPLIT else 0, 16) * 16 + 16).to(tl.pointer_type(tl.int32))
         tl.debug_barrier()  # every thread's part comes before its program's arrival
         last = tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == SPLIT_K - 1
-        if last:
+    if last:
+        m = first_m + tl.arange(0, BLOCK_M)
+        n = first_n + tl.arange(0, BLOCK_N)
+        if SPLIT_K > 1:
             acc = tl.zeros_like(acc)
             for i in range(SPLIT_K):
                 acc += tl.load(place + i * BLOCK_M * BLOCK_N, cache_modifier=".cg")
-    if last:
-        _finish(
-            acc,
-            first_m,
-            first_n,
-            x,
-            q,
-            w,
-            x_absmax,
-            w_absmax,
-            bias,
-            count,
-            columns,
-            y,
-            M,
-            N,
-            K,
-            x_row,
-            SPLIT,
-            CLEARED,
-            INT8,
-            WEIGHT_FIRST,
-            BLOCK_M,
-            BLOCK_N,
-        )
+        if SPLIT and not CLEARED:
+            acc = _without_outliers(acc, q, w, columns, count, m, n, M, N, K, INT8, WEIGHT_FIRST)
+        scale = tl.load(x_absmax + m, mask=m < M, other=0.0) * _STEP
+        total = acc.to(tl.float32) * tl.expand_dims(scale, 0 if WEIGHT_FIRST else 1)
+        if SPLIT:
+            total = _with_outliers(total, x, w, columns, count, m, n, M, N, K, x_row, WEIGHT_FIRST)
+        lora = (lora_s, lora_b, rank, stride_feature, stride_factor, scaling)
+        store_int8(y, total, w_absmax, bias, lora, m, n, M, N, RANK, WEIGHT_FIRST)
 
 
 def _tile_config(arch, m, n, k, block_m, block_n, block_k, warps):
@@ -231,6 +194,8 @@ def _(arch, *, m, n, k, dtype):
         tile = (16 if m <= 16 else 64, 32, 64, 1)
     elif arch.capability == 75:
         tile = (16 if m <= 16 else 32, 32, 32, 8)
+    elif dtype == torch.float32 and arch.rounds_float32:
+        tile = (16 if m <= 16 else 32, 32, 128, 4)
     elif m <= 64:
         tile = (max(m, 16), 64, 64 if small else 128, 4)
     elif dtype == torch.float32:
@@ -247,6 +212,11 @@ def _(arch, *, m, n, k, dtype):
 @candidates("linear_int8")
 def _(arch, *, m, n, k, dtype):
     largest = 64 * 64 if dtype == torch.float32 else 128 * 256
+    if dtype == torch.float32 and arch.rounds_float32:
+        yield from (
+            _tile_config(arch, m, n, k, rows, 32, block_k, 4) for rows in (16, 32) for block_k in (64, 128, 256)
+        )
+        return
     for block_m in (16, 32, 64) if m <= 64 else (64, 128):
         for block_n in (64, 128, 256):
             for block_k in (64, 128, 256):
@@ -258,7 +228,9 @@ def _(arch, *, m, n, k, dtype):
                     yield {**tile, "num_stages": 3, "maxnreg": 128}
 
 
-def many_rows(x: Tensor, w: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, y: Tensor) -> None:
+def many_rows(
+    x: Tensor, w: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, lora: Lora | None, y: Tensor
+) -> None:
     """y [M, N] = `linear_int8` of x [M, K] by w [N, K], both contiguous along K, a multiple of 16."""
     (m, k), n, device = x.shape, w.shape[0], x.device
     tile = dict(config("linear_int8", device, m=bucket(m), n=n, k=k, dtype=x.dtype))
@@ -276,4 +248,5 @@ def many_rows(x: Tensor, w: Tensor, absmax: Tensor, bias: Tensor | None, thresho
         q_tiles = TensorDescriptor(q, [m, k], [k, 1], [tile["BLOCK_M"], tile["BLOCK_K"]])
         w_tiles = TensorDescriptor(w, [n, k], [k, 1], [tile["BLOCK_N"], tile["BLOCK_K"]])
     arguments = (x, q_tiles, w_tiles, q, w, x_absmax, absmax, bias, *found, parts, y, m, n, k, x.stride(0))
-    launch(product_kernel, (tiles * split_k,), *arguments, fp_fusion=True, SPLIT=threshold > 0, **tile)
+    constants = {"SPLIT": threshold > 0, **epilogue_arguments(lora, x), **tile}
+    launch(product_kernel, (tiles * split_k,), *arguments, fp_fusion=True, **constants)

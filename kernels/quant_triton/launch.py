@@ -68,6 +68,11 @@ class Architecture:
     def warp(self) -> int:
         return 64 if self.kind == "hip" else 32
 
+    @property
+    def rounds_float32(self) -> bool:
+        """Whether Triton (3.7) rounds float32 to TF32 in a product of 64 rows or more, whatever it is asked for."""
+        return self.kind == "cuda" and 100 <= self.capability < 120
+
 
 _KIB = 1024
 # Typical members of the architectures that kernels are compiled for ahead of time.
@@ -231,7 +236,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, fp_fusion: bool,
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b: int8 into int32, float16 and bfloat16 into float32, float32 without rounding its factors to TF32."""
+    """acc + a @ b: int8 into int32, float16 and bfloat16 into float32, float32 without rounding its factors to TF32.
+
+    But see `Architecture.rounds_float32`.
+    """
     if acc.dtype == tl.int32:
         acc = tl.dot(a, b, acc, out_dtype=tl.int32)
     else:

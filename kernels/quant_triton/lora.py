@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from .branch import Lora
 from .codes import codebook
-from .int8 import DX_ROWS, linear_int8, linear_int8_dx
+from .int8 import DX_ROWS, LEAST_SCALING, linear_int8, linear_int8_dx
 from .linear_4bit import Weight, fused, linear_4bit, rows_of, settings_for
 from .linear_4bit_backward import fused_dx, linear_4bit_dx, settings_for_dx
 from .low_rank import Gate, add_branch_, gradient_a, gradients_dy, project
@@ -105,7 +105,8 @@ def lora_linear_int8(
     """`linear_int8` with the branch of `lora_linear_4bit`, for which x is not quantized."""
     rows, a, b = rows_of(x), a.contiguous(), b.contiguous()
     s = project(rows, a, seed, p, gate)
-    y = add_branch_(linear_int8(rows, values, absmax, bias, threshold), Lora(s, b, scaling))
+    lora, base = Lora(s, b, scaling), (rows, values, absmax, bias, threshold)
+    y = linear_int8(*base, lora=lora) if abs(scaling) >= LEAST_SCALING else add_branch_(linear_int8(*base), lora)
     return y.view(*x.shape[:-1], b.shape[0]), _kept(s, x, a, keep_s)
 
 
@@ -202,7 +203,7 @@ def lora_linear_int8_backward(
     a, b = a.contiguous(), b.contiguous()
     merges = seed is None and gate is None and dy.numel() > DX_ROWS * b.shape[0]
     return _backward(
-        lambda dy, lora: add_branch_(linear_int8_dx(dy, values, absmax), lora),
+        lambda dy, lora: linear_int8_dx(dy, values, absmax, lora=lora),
         (lambda: _merged_int8(values, absmax, a, b, scaling, x.dtype)) if merges else None,
         *(dy, x, s, a, b, scaling, seed, p, needed, gate),
     )

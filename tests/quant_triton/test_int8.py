@@ -5,7 +5,8 @@ import torch
 
 from quant_triton import absmax as absmax_kernels
 from quant_triton import int8
-from quant_triton.int8 import linear_int8, linear_int8_dx
+from quant_triton.branch import Lora
+from quant_triton.int8 import LEAST_SCALING, linear_int8, linear_int8_dx
 from quant_triton.launch import forced
 from quantlib import reference
 
@@ -29,7 +30,18 @@ def with_outliers(m, k, dtype=torch.float32, columns=(3, -1)):
     return x.to(dtype)
 
 
-def assert_exact(y, x, values, absmax, bias, threshold):
+def branch_of(m, features, rank, dtype, scaling=0.7, p=0.0):
+    """A branch with strided factors in float32."""
+    b = torch.randn(2 * rank, features + 3).t()[3:, ::2] * rank**-0.5
+    return Lora(torch.randn(m, rank).to(dtype), b, scaling, torch.tensor([2**40 + 5]) if p else None, p)
+
+
+def branch_in(dtype, lora):
+    product = lora.scaling * (lora.s.to(dtype) @ lora.b.to(lora.s.dtype).to(dtype).t())
+    return product if lora.seed is None else reference.dropout(product, lora.seed, lora.p)
+
+
+def assert_exact(y, x, values, absmax, bias, threshold, lora=None):
     """One rounding from the exact value, up to the few float32 operations before it."""
     q, x_absmax, outliers = reference.quantize_int8(x, -1, None, threshold)
     exact = (q.double() @ values.double().t()) * (x_absmax.double()[:, None] * absmax.double()) / 127**2
@@ -38,6 +50,8 @@ def assert_exact(y, x, values, absmax, bias, threshold):
         exact += x.double()[:, outliers] @ w[:, outliers].t()
     if bias is not None:
         exact += bias.double()
+    if lora is not None:
+        exact += branch_in(torch.float64, lora)
     assert y.dtype == x.dtype
     tolerance = torch.finfo(x.dtype).eps / 2 + 2e-6
     torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=2e-6 * exact.abs().max().item())
@@ -65,6 +79,8 @@ def test_every_way_to_multiply(split_k, cleared, weight_first, tma):
     with forced("linear_int8", {**TILE, **way}):
         for threshold in (0.0, 6.0):
             assert_exact(linear_int8(x, values, absmax, None, threshold), x, values, absmax, None, threshold)
+        lora = branch_of(45, 70, 20, torch.float16)
+        assert_exact(linear_int8(x, values, absmax, None, 6.0, lora=lora), x, values, absmax, None, 6.0, lora)
         odd = x[:, :-3].contiguous(), values[:, :-3].contiguous()
         assert_exact(linear_int8(*odd, absmax, None, 6.0), *odd, absmax, None, 6.0)
 
@@ -92,6 +108,39 @@ def test_rows_too_long_for_one_read(monkeypatch):
     monkeypatch.setattr(absmax_kernels, "LONGEST_ROW", 64)
     x, (values, absmax) = with_outliers(9, 5000), int8_weight(6, 5000)
     assert_exact(linear_int8(x, values, absmax, None, 6.0), x, values, absmax, None, 6.0)
+
+
+@every_dtype
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("m, n, k, rank", [(1, 33, 100, 3), (2, 20, 130, 70), (5, 40, 333, 16), (70, 50, 96, 40)])
+def test_a_branch_is_rounded_with_the_rest(m, n, k, rank, threshold, dtype):
+    x, bias, (values, absmax) = with_outliers(m, k, dtype), torch.randn(n).to(dtype), int8_weight(n, k)
+    for scaling in (0.7, -16.0, LEAST_SCALING):
+        lora = branch_of(m, n, rank, dtype, scaling)
+        y = linear_int8(x, values, absmax, bias, threshold, lora=lora)
+        assert_exact(y, x, values, absmax, bias, threshold, lora)
+
+
+@every_dtype
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("limit", [512, 0])
+@pytest.mark.parametrize("m, n, k, rank", [(1, 64, 100, 3), (7, 129, 65, 70), (40, 33, 130, 16)])
+def test_a_branch_of_dx_within_its_budget(m, n, k, rank, limit, p, dtype, monkeypatch):
+    monkeypatch.setattr(int8, "DX_ROWS", limit)
+    (values, absmax), dy, lora = int8_weight(n, k), torch.randn(m, n).to(dtype), branch_of(m, k, rank, dtype, 1.0, p)
+    dx = linear_int8_dx(dy, values, absmax, lora=lora)
+    plain = reference.linear_int8_dx(dy, values, absmax) + branch_in(dtype, lora)
+    exact = reference.linear_int8_dx(dy.double(), values, absmax) + branch_in(torch.float64, lora)
+    error, allowed = (t.double() - exact for t in (dx, plain))
+    assert dx.dtype == dtype and error.square().mean().sqrt() <= 1.5 * allowed.square().mean().sqrt()
+
+
+def test_a_branch_on_nothing():
+    (values, absmax), lora = int8_weight(4, 8), branch_of(0, 4, 3, torch.float32)
+    assert linear_int8(torch.randn(0, 8), values, absmax, None, 6.0, lora=lora).shape == (0, 4)
+    lora = branch_of(5, 8, 3, torch.float32, 1.0)
+    dx = linear_int8_dx(torch.randn(5, 0), torch.zeros(0, 8, dtype=torch.int8), torch.ones(0), lora=lora)
+    torch.testing.assert_close(dx.double(), branch_in(torch.float64, lora), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("m", [1, 9])

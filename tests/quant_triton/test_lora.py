@@ -215,6 +215,14 @@ def test_what_is_not_needed_is_not_computed(suffix):
             assert torch.equal(some[j], everything[j]) if i == j else some[j].numel() == 0
 
 
+@pytest.mark.parametrize("scaling", [0.0, 1e-38, -1e-30, float("nan")])
+def test_a_scaling_that_no_sum_can_be_divided_by(scaling):
+    (_, weight), x, (a, b) = base("int8", 40, 64), torch.randn(5, 64), factors(40, 64, 8)
+    y, _ = lora.lora_linear_int8(x, *weight, None, 0.0, a, b, scaling, None, 0.0, False)
+    expected, _ = reference.lora_linear_int8(x, *weight, None, 0.0, a, b, scaling, None, 0.0, False)
+    torch.testing.assert_close(y, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("suffix", ["4bit", "int8"])
 def test_no_rows(suffix):
     n, k = 64, 128
