@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import inputs, many
-from bench.inputs import RANK, SCALING, THRESHOLD, Case, Source, sampled
+from bench.inputs import DROPOUT, RANK, SCALING, THRESHOLD, Case, Source, sampled
 from bench.many import RANKS
 from quantlib import reference
 
@@ -179,6 +179,11 @@ def _nf4_experts(case: Case) -> int:
     return used * bytes_4bit(math.prod(case.shape[1:]), True)
 
 
+def _cost_dropout(case: Case) -> Cost:
+    size = case.m * case.shape[-1] * case.dtype.itemsize
+    return Cost(size, size)
+
+
 def _cost_embedding(case: Case) -> Cost:
     elements = case.m * case.shape[1]
     return Cost(bytes_4bit(elements, True) + 8 * case.m, elements * case.dtype.itemsize)
@@ -290,6 +295,15 @@ OPS: dict[str, Op] = {
         plain=lambda w, rows: {"rows": w.decoded[rows.indices]},
         cost=_cost_embedding,
         exact=inputs.exact_4bit,
+    ),
+    "dropout": Op(
+        what=f"p = {DROPOUT}, the mask a function of the seed",
+        weights=inputs.no_weights,
+        rows=inputs.rows_and_seed,
+        truth=lambda w, rows: {"y": sampled(reference.dropout(rows.x.double(), rows.seed, DROPOUT))},
+        plain=lambda w, rows: {"y": sampled(reference.dropout(rows.x, rows.seed, DROPOUT))},
+        cost=_cost_dropout,
+        exact=lambda w: w.w.double(),
     ),
     "lora_linear_4bit": Op(
         what="rank 16 on NF4 with double quantization; backward: dx, dA, dB",

@@ -31,6 +31,7 @@ from bench.inputs import Case, sampled
 OURS = "quantlib"
 Rows = SimpleNamespace
 Weights = SimpleNamespace
+Truth = Callable[[SimpleNamespace], tuple[Results, Results]]
 
 
 class Unavailable(Exception):
@@ -49,13 +50,13 @@ class Entry:
     """Something to time.
 
     run: rows -> output. results: output -> named tensors, to compare; not timed. truth: rows -> what is right in
-    float64, where it differs from the op's because the contestant computes something of its own. graph: a CUDA graph
-    can hold it. least_rows, most_rows: the M it is meant for.
+    float64, and the same in plain PyTorch, where they differ from the op's because the contestant computes something of
+    its own. graph: a CUDA graph can hold it. least_rows, most_rows: the M it is meant for.
     """
 
     run: Callable[[Rows], Any]
     results: Callable[[Any], Results] = _y
-    truth: Callable[[Rows], Results] | None = None
+    truth: Truth | None = None
     graph: bool = True
     least_rows: int = 0
     most_rows: int = 1 << 30
@@ -104,7 +105,9 @@ def _distribution(package: str) -> str:
 
 def package_version(peer: Contestant) -> str | None:
     """Version of the package a contestant comes from."""
-    return quantlib.__version__ if peer.package is None else machine.version(_distribution(peer.package))
+    if peer.package is None:
+        return quantlib.__version__ if peer.name.startswith(OURS) else torch.__version__
+    return machine.version(_distribution(peer.package))
 
 
 def share(results: Results, truth: Results, plain: Results) -> float:
@@ -140,8 +143,24 @@ def verdict(results: Results, truth: Results, plain: Results) -> tuple[str, str,
     return "wrong", f"error {found:.3g} times that of plain PyTorch in this dtype; allowed {BUDGET:g}", found
 
 
+def judged(entry: Entry, rows: Rows, truth: Results, plain: Results) -> tuple[str, str, float | None]:
+    """The verdict on a contestant, which runs once. truth, plain: of the op. Raises whatever the contestant raises."""
+    return verdict(entry.results(entry.run(rows)), *(entry.truth(rows) if entry.truth else (truth, plain)))
+
+
 # ---------------------------------------------------------------------------------------------------
 # Helpers
+
+
+def truth_of(case: Case, w: Weights, exact: Callable[[], Tensor]) -> Truth:
+    """The truth for other values of the weights, which are decoded when asked for."""
+
+    def truth(rows: Rows) -> tuple[Results, Results]:
+        values = exact()
+        own = SimpleNamespace(**{**vars(w), "exact": values, "decoded": values.to(case.dtype)})
+        return OPS[case.op].truth(own, rows), OPS[case.op].plain(own, rows)
+
+    return truth
 
 
 def step(layer: Callable[[Tensor], Tensor], parameters: Iterable[Tensor] = ()) -> Callable[[Rows], tuple[Tensor, ...]]:
@@ -182,7 +201,9 @@ def adapter(w: Weights) -> tuple[Tensor, Tensor]:
     return w.A.detach().requires_grad_(), w.B.detach().requires_grad_()
 
 
-def lora_entry(case: Case, layer: Callable[[Tensor], Tensor], A: Tensor, B: Tensor, truth=None) -> Entry:
+def lora_entry(
+    case: Case, layer: Callable[[Tensor], Tensor], A: Tensor, B: Tensor, truth: Truth | None = None
+) -> Entry:
     """A linear layer with a LoRA branch: y, and dx, dA and dB if the case goes backward."""
     if case.backward:
         return Entry(step(layer, (A, B)), several("y", "dx", "dA", "dB"), truth, graph=False)

@@ -11,7 +11,7 @@ Under --out (default: the variable OUT, else bench/results/<gpu>/):
 
 The report is rewritten whenever a stage starts or ends, so that it can be read after a kill. A second call with the
 same --out runs only what is not finished, as long as the sources and the options are the same. The exit code is 0 if
-every stage is ok or unavailable.
+every stage is ok, unavailable, or partial: measured right as far as its time went.
 """
 
 from __future__ import annotations
@@ -35,12 +35,24 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from bench.gpu_stages import ROOT, STAGES, WORK, Command, Failed, Options, OutOfTime, Stage, Unavailable, smi
+from bench.gpu_stages import (
+    ROOT,
+    STAGES,
+    WORK,
+    Command,
+    Failed,
+    Options,
+    OutOfTime,
+    Partial,
+    Stage,
+    Unavailable,
+    smi,
+)
 from qlora.files import write_json
 
 SOURCES = ("bench", "csrc", "kernels", "lora_ops", "qlora", "quantlib", "tests", "pyproject.toml", "setup.py")
 SUFFIXES = (".py", ".sh", ".h", ".cpp", ".cu", ".toml")
-GOOD = ("ok", "unavailable")
+GOOD = ("ok", "partial", "unavailable")
 RESERVE = 5.0  # seconds kept back for stopping a stage and for the table
 LOG_LIMIT = 12 << 20  # bytes; a run's output is a few hundred kilobytes unless something repeats itself
 TAIL = 400  # lines of output that a stage's result is read from; the report keeps a tenth
@@ -158,6 +170,8 @@ def run_stage(stage: Stage, options: Options, seconds: float, log: Log, entry: d
         entry["status"] = "ok"
     except Unavailable as reason:
         entry.update(status="unavailable", note=str(reason))
+    except Partial as reason:
+        entry.update(status="partial", note=str(reason))
     except OutOfTime as reason:
         entry.update(status="out of time", note=str(reason))
     except Failed as reason:

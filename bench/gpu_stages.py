@@ -34,6 +34,10 @@ class OutOfTime(Exception):
     """A command stopped by itself when its time was over; what it has is kept."""
 
 
+class Partial(Exception):
+    """All that was measured is right, but time was over before all was: no failure, and the next call continues."""
+
+
 @dataclass(frozen=True)
 class Options:
     """The command line of gpu.sh.
@@ -83,7 +87,7 @@ class Stage:
     name: as in the table. share: of the whole budget, the most it may take.
     commands(options, seconds): what to run one after the other within so many seconds; may raise Unavailable.
     result(options, output, code): asked after each command, with its exit code: the result in a few words, or raises
-        Failed, OutOfTime or Unavailable. `plain_result` by default.
+        Failed, OutOfTime, Partial or Unavailable. `plain_result` by default.
     leaves(options): what must be there for a finished stage not to run again on the next call.
     vital: without it no later stage makes sense.
     """
@@ -286,7 +290,7 @@ def _model(options: Options, seconds: float) -> list[Command]:
 
 
 def _bench_result(pattern: str) -> Callable[[Options, str, int], str]:
-    """Counts what the records of that name hold; a benchmark ends with 1 if ours is wrong and 3 if time ran out."""
+    """Counts what the records of that name hold; a benchmark ends with 1 if ours is wrong, with 3 if time was over."""
 
     def result(options: Options, output: str, code: int) -> str:
         records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.out.glob(pattern))]
@@ -297,8 +301,10 @@ def _bench_result(pattern: str) -> Callable[[Options, str, int], str]:
         if code == 1:
             ours = (r for r in results if r["peer"].startswith("quantlib") and r["status"] in ("wrong", "failed"))
             raise Failed(f"{counts}; {next((r['reason'] for r in ours), last_line(output))}")
+        if code == 3 and not results:
+            raise OutOfTime("nothing was measured")
         if code == 3:
-            raise OutOfTime(f"{counts}; not all was measured")
+            raise Partial(f"{counts}; not all was measured")
         return counts
 
     return result

@@ -16,12 +16,15 @@ from torch import Tensor
 from quantlib import Quantized4bit, QuantizedInt8, quantize_4bit, quantize_int8, reference
 
 RANK, SCALING, THRESHOLD, OUTLIER_COLUMNS = 16, 2.0, 6.0, 4
+DROPOUT = 0.05
 SAMPLED_ROWS = 64  # of y and dx are compared: the truth in float64 is slow
 
 
 @dataclass(frozen=True)
 class Case:
-    """One point: an op at a shape [out, in] or [experts, out, in], with m rows (None for ops on weights alone).
+    """One point: an op at a shape, with m rows (None for ops on weights alone), in a dtype.
+
+    shape: [out, in] of a weight, [experts, out, in] of several, [columns] where there is none.
 
     cache: "warm" repeats on the same data; "cold" cycles through copies that exceed the cache together.
     """
@@ -138,6 +141,16 @@ def rows_with_outliers(case: Case, source: Source) -> SimpleNamespace:
     rows.x[:, columns.to(rows.x.device)] *= 10
     rows.x[:, 0] += 2 * THRESHOLD
     return rows
+
+
+def no_weights(case: Case, source: Source) -> SimpleNamespace:
+    """Only something that tells where the op is to run."""
+    return SimpleNamespace(w=source.normal(1, dtype=case.dtype))
+
+
+def rows_and_seed(case: Case, source: Source) -> SimpleNamespace:
+    x = source.normal(case.m, case.shape[-1], dtype=case.dtype)
+    return SimpleNamespace(x=x, seed=source.integers(1 << 62, 1))
 
 
 def exact_int8(w: SimpleNamespace) -> Tensor:

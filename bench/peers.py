@@ -1,7 +1,7 @@
 """Everybody who is measured. Importing this registers them; what is not installed says so when it is built."""
 
 from bench import peers_bitsandbytes, peers_many, peers_others, peers_quantlib, peers_torch
-from bench.contest import CONTESTANTS, OURS, Contestant, Entry, Unavailable, package_version, verdict
+from bench.contest import CONTESTANTS, OURS, Contestant, Entry, Unavailable, judged, package_version, verdict
 
 # Tables and plots follow this order. Unsloth is built last: importing it changes other libraries.
 _ORDER = ("quantlib", "torch", "bitsandbytes", "PEFT", "torchao", "Unsloth")
@@ -15,6 +15,7 @@ __all__ = [
     "Contestant",
     "Entry",
     "Unavailable",
+    "judged",
     "package_version",
     "peers_bitsandbytes",
     "peers_many",

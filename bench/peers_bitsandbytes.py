@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import quantlib
-from bench.cases import OPS, Results
-from bench.contest import Entry, Rows, Unavailable, Weights, contestant, layer_entry, one
-from bench.inputs import THRESHOLD, Case
+from bench.contest import Entry, Truth, Unavailable, Weights, contestant, layer_entry, one, truth_of
+from bench.inputs import THRESHOLD, Case, exact_4bit
 from quantlib import reference
 
 
@@ -53,17 +52,12 @@ def decoder(packed: Tensor, state: Any, shape: tuple[int, ...]) -> Callable[[], 
     return lambda: reference.dequantize_4bit(*args)
 
 
-def truth_of(case: Case, w: Weights, exact: Callable[[], Tensor]) -> Callable[[Rows], Results]:
-    """The truth for other values of the weights, which are decoded when asked for."""
-    return lambda rows: OPS[case.op].truth(SimpleNamespace(**{**vars(w), "exact": exact()}), rows)
-
-
-def _bnb_truth(case: Case, w: Weights, packed: Tensor, state: Any) -> Callable[[Rows], Results]:
+def _bnb_truth(case: Case, w: Weights, packed: Tensor, state: Any) -> Truth:
     """The truth for its own 4-bit weights: its CPU kernel rounds some of the nested scales another way."""
     return truth_of(case, w, decoder(packed, state, case.shape))
 
 
-def own_truth(case: Case, w: Weights, layer: nn.Module) -> Callable[[Rows], Results] | None:
+def own_truth(case: Case, w: Weights, layer: nn.Module) -> Truth | None:
     return None if "int8" in case.op else _bnb_truth(case, w, layer.weight.data, layer.weight.quant_state)
 
 
@@ -151,6 +145,5 @@ def _(case, w):
     )
     layer = layer.to(w.w.device)
     q = quantlib.quantize_4bit(w.w)  # its embedding knows no double quantization
-    exact = reference.dequantize_4bit(*q.op_args(), q.shape, torch.float64)
-    truth = lambda rows: {"rows": exact[rows.indices]}  # noqa: E731
+    truth = truth_of(case, w, lambda: exact_4bit(SimpleNamespace(q=q)))
     return Entry(lambda rows: layer(rows.indices), one("rows"), truth, graph=False)

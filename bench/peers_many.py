@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.cases import Results
-from bench.contest import ADAPTERS, EXPERTS, OURS, Entry, Rows, Unavailable, Weights, contestant
+from bench.contest import ADAPTERS, EXPERTS, OURS, Entry, Rows, Truth, Unavailable, Weights, contestant, truth_of
 from bench.inputs import Case, exact_4bit
 from bench.many import ALPHA, NONE, RANKS
-from bench.peers_bitsandbytes import bnb_layer, decoder, own_truth, truth_of
+from bench.peers_bitsandbytes import bnb_layer, decoder, own_truth
 from bench.peers_quantlib import quantized_layer
 from quantlib import backends
 
@@ -48,7 +48,9 @@ def _results(count: int) -> Callable[[tuple[Tensor, ...]], Results]:
     return results
 
 
-def _entry(case: Case, layer: Layer, factors: Sequence[Tensor] = (), truth=None, graph: bool = False) -> Entry:
+def _entry(
+    case: Case, layer: Layer, factors: Sequence[Tensor] = (), truth: Truth | None = None, graph: bool = False
+) -> Entry:
     """y, and if the case goes backward dx and the gradients of the factors: all A, then all B."""
 
     def run(rows: Rows) -> tuple[Tensor, ...]:

@@ -10,10 +10,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from bench.contest import LORA, Unavailable, Weights, adapter, contestant, frozen, layer_entry, lora_entry
-from bench.inputs import RANK, SCALING, Case, sampled
+from bench.contest import LORA, Unavailable, Weights, adapter, contestant, frozen, layer_entry, lora_entry, truth_of
+from bench.inputs import RANK, SCALING, Case
 from bench.peers_bitsandbytes import bnb_layer, own_truth
 from bench.peers_quantlib import quantized_layer
 
@@ -71,12 +70,7 @@ def _(case, w):
     if nf4 is None:
         raise Unavailable(f"this version has neither {' nor '.join(homes)}")
     weight = nf4.to_nf4(w.w, block_size=64, scaler_block_size=256)
-    exact = weight.get_original_weight().double()
-
-    def truth(rows):
-        y = F.linear(sampled(rows.x).double(), exact)
-        return {"y": y, "dx": sampled(rows.dy).double() @ exact} if case.backward else {"y": y}
-
+    truth = truth_of(case, w, lambda: weight.get_original_weight().double())
     return layer_entry(case, lambda x: nf4.linear_nf4(x, weight), truth=truth)
 
 

@@ -28,7 +28,7 @@ from bench.contest import (
     lora_entry,
     one,
 )
-from bench.inputs import SCALING, THRESHOLD, Case
+from bench.inputs import DROPOUT, SCALING, THRESHOLD, Case
 from quantlib import backends, reference
 
 
@@ -82,6 +82,11 @@ def _(case, w):
     return Entry(lambda rows: quantlib.embedding_4bit(rows.indices, w.q), one("rows"))
 
 
+@contestant("dropout", OURS)
+def _(case, w):
+    return Entry(lambda rows: backends.kernel("dropout", rows.x.device)(rows.x, rows.seed, DROPOUT))
+
+
 @contestant(LORA, OURS)
 def _(case, w):
     A, B = adapter(w)
@@ -92,7 +97,8 @@ def _(case, w):
 @contestant(LORA, "quantlib, base layer alone")
 def _(case, w):
     def truth(rows):
-        return OPS[case.op.removeprefix("lora_")].truth(w, rows)
+        base = OPS[case.op.removeprefix("lora_")]
+        return base.truth(w, rows), base.plain(w, rows)
 
     entry = layer_entry(case, quantized_layer(case, w))
     return Entry(entry.run, entry.results, truth, graph=False)

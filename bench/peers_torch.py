@@ -6,8 +6,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.contest import LORA, Entry, Rows, Unavailable, adapter, contestant, frozen, layer_entry, lora_entry, one
-from bench.inputs import SCALING, sampled
+from bench.cases import Results
+from bench.contest import (
+    LORA,
+    Entry,
+    Rows,
+    Unavailable,
+    adapter,
+    contestant,
+    frozen,
+    layer_entry,
+    lora_entry,
+    one,
+    truth_of,
+)
+from bench.inputs import DROPOUT, SCALING, sampled
 from quantlib import reference
 
 
@@ -76,7 +89,7 @@ def _(case, w):
     else:
         packed = aten._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), 8)
         product = aten._weight_int4pack_mm
-    truth = lambda rows: {"y": F.linear(sampled(rows.x).double(), decoded)}  # noqa: E731
+    truth = truth_of(case, w, lambda: decoded)
     most = 64 if w.w.device.type == "cpu" else 1 << 30  # it is no kernel for many rows
     return Entry(lambda rows: product(rows.x, packed, 64, scales), truth=truth, most_rows=most)
 
@@ -93,9 +106,27 @@ def _(case, w):
             rows.rounded = rows.x.round().clamp(-127, 127).to(torch.int8)
         return rows.rounded
 
-    truth = lambda rows: {"y": sampled(rounded(rows)).double() @ values.double()}  # noqa: E731
+    def truth(rows: Rows) -> tuple[Results, Results]:
+        y = sampled(rounded(rows)).double() @ values.double()
+        return {"y": y}, {"y": y.float()}
+
     least = 17 if w.w.device.type == "cuda" else 0
     return Entry(lambda rows: torch._int_mm(rounded(rows), values), truth=truth, least_rows=least)
+
+
+@contestant("dropout", "torch")
+def _(case, w):
+    """Its mask is another in every call: what is compared is what is kept."""
+
+    def results(output: tuple[Tensor, Tensor]) -> Results:
+        y, x = output
+        return {"y": torch.where(y == 0, x / (1 - DROPOUT), y)}
+
+    def truth(rows: Rows) -> tuple[Results, Results]:
+        x = sampled(rows.x)
+        return {"y": x.double() / (1 - DROPOUT)}, {"y": x / (1 - DROPOUT)}
+
+    return Entry(lambda rows: (F.dropout(rows.x, DROPOUT), rows.x), results, truth, graph=False)
 
 
 @contestant(LORA, "torch, LoRA on 16 bits")

@@ -20,7 +20,8 @@ from bench.cases import OPS
 from bench.inputs import Case, Source, copied
 from bench.peers import OURS, Contestant, Entry, Unavailable
 
-MOST_COPIES = 16
+MOST_COPIES = 64
+COPIED_BYTES = 16 << 30  # of all copies together, each with its weight in the dtype twice: to quantize, and decoded
 GRAPH_ROWS = 256  # above, what it costs to launch no longer shows
 Built = dict[str, "list[Entry] | tuple[str, str]"]
 
@@ -30,13 +31,14 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {line[:200]}"
 
 
-def copies(case: Case, device: torch.device) -> int:
+def copies(case: Case, device: torch.device, most: int = MOST_COPIES) -> int:
     """How many copies of the data a cold case cycles through: together twice the cache."""
     if case.cache == "warm":
         return 1
     entry = OPS[case.op]
     read = entry.cost(replace(case, m=1) if entry.rows and case.m is None else case).read
-    return min(MOST_COPIES, math.ceil(2 * machine.cache_size(device) / read))
+    held = math.prod(case.shape) * (2 * case.dtype.itemsize + 1)
+    return max(1, min(most, math.ceil(2 * machine.cache_size(device) / read), COPIED_BYTES // held))
 
 
 def build(group: Case, weights: Sequence[SimpleNamespace], contestants: Iterable[Contestant]) -> Built:
@@ -64,10 +66,8 @@ def check(case: Case, built: Built, weights: SimpleNamespace, rows: SimpleNamesp
         elif reason := entries[0].refusal(case.m):
             status = "unavailable"
         else:
-            entry = entries[0]
-            right = entry.truth(rows) if entry.truth else truth
             try:
-                status, reason, error = peers.verdict(entry.results(entry.run(rows)), right, plain)
+                status, reason, error = peers.judged(entries[0], rows, truth, plain)
             except Exception as problem:
                 status, reason = "failed", _first_line(problem)
         found[name] = {"status": status, "reason": reason, "error": error}
@@ -79,7 +79,7 @@ def measure(
 ) -> list:
     """The record's entries of one case, ours first."""
     device, op = torch.device(args.device), OPS[case.op]
-    count = min(copies(case, device), len(weights))
+    count = min(copies(case, device, args.most_copies), len(weights))
     source = Source(device, seed=1)
     rows = [op.rows(case, source) if op.rows else SimpleNamespace()]
     rows += [copied(rows[0]) for _ in range(count - 1)]
@@ -142,7 +142,7 @@ def prepare(group: Case, args: argparse.Namespace) -> tuple[list[SimpleNamespace
     device = torch.device(args.device)
     first = cases.make_weights(group, Source(device))
     weights = [first]
-    for _ in range(copies(group, device) - 1):
+    for _ in range(copies(group, device, args.most_copies) - 1):
         weights.append(copied(SimpleNamespace(**{k: v for k, v in vars(first).items() if k != "exact"})))
     return weights, build(group, weights, _contestants(group.op, args.peers))
 
@@ -178,12 +178,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Writes the record after every case. Returns 1 if a result of this package is wrong or failed."""
+    """Writes the record after every case.
+
+    The exit code is 1 if a result of this package is wrong or failed, 3 if the budget ended the run.
+    """
     deadline = time.monotonic() + args.budget if args.budget else math.inf
     if args.seconds is None:
         args.seconds = 0.01 if args.quick else 1.5
     if args.min_rounds is None:
         args.min_rounds = 1 if args.quick else 3
+    args.most_copies = 4 if args.quick else MOST_COPIES
     selected = _selected(args)
     path = args.out if args.out and args.out.suffix == ".json" else machine.results_dir(args.out) / "ops.json"
     record = records.new("ops", machine.describe())
@@ -227,4 +231,4 @@ def main(args: argparse.Namespace) -> int:
     for case in crashed:
         print(f"{case}: the process ended while this was measured", file=sys.stderr)
     print(f"{len(record['results'])} results in {path}")
-    return 1 if bad or crashed else 0
+    return 1 if bad or crashed else 3 if measured < len(selected) else 0

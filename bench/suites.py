@@ -49,7 +49,7 @@ def _embedding(*rows: int) -> Iterator[Case]:
 
 def tiny(op: str) -> tuple[int, ...]:
     """A shape that takes no time."""
-    return (3, 128, 256) if op == "linear_4bit_experts" else (128, 256)
+    return {"linear_4bit_experts": (3, 128, 256), "dropout": (256,)}.get(op, (128, 256))
 
 
 def _quick(device: str) -> Iterator[Case]:
@@ -79,7 +79,8 @@ def _default_cpu(device: str) -> Iterator[Case]:
         yield from _layers(op, (up, down), (64, 256, 1024), backward=(True,))
     yield from _layers("linear_4bit", (square,), (1, 64, 256), torch.float32, (False,), cache="warm")
     yield from _layers("linear_4bit", (square,), (1, 16), torch.float16, (False,), cache="warm")
-    yield from _embedding(1, 64, 1024)
+    yield from _embedding(1, 1024)
+    yield from _layers("dropout", ((4096,),), (1024,), backward=(False,), cache="warm")
     for op in ("lora_linear_4bit", "lora_linear_int8"):
         yield from _layers(op, (square,), (16, 128, 1024), backward=(True,), cache="warm")
         yield from _layers(op, (up,), (256,), backward=(True,))
@@ -91,13 +92,14 @@ def _default_cuda(device: str) -> Iterator[Case]:
     for op in (*TRANSFORMS, "dequantize_4bit_double"):
         for shape in ((4096, 4096), (14336, 4096), (8192, 28672)):
             yield Case(op, shape, BF16)
-    yield from _layers("linear_4bit", ((4096, 4096), (8192, 28672)), (1, 16, 64, 256, 2048, 8192))
-    yield from _layers("linear_int8", ((4096, 4096), (8192, 28672)), (1, 16, 256, 2048, 8192))
+    yield from _layers("linear_4bit", ((4096, 4096), (8192, 28672)), (1, 16, 64, 256, 2048, 16384))
+    yield from _layers("linear_int8", ((4096, 4096), (8192, 28672)), (1, 16, 256, 2048, 16384))
     yield from _layers("lora_linear_4bit", ((4096, 4096), (14336, 4096)), (2048, 8192), backward=(True,))
     yield from _layers("lora_linear_int8", ((4096, 4096),), (2048, 8192), backward=(True,))
     yield from _layers("linear_4bit_experts", ((8, 14336, 4096), (128, 768, 2048)), (16, 256, 4096))
     yield from _layers("lora_linear_4bit_adapters", ((4096, 4096),), (16, 256, 4096))
     yield from _embedding(1, 1024, 16384)
+    yield from _layers("dropout", ((4096,),), (1, 1024, 16384), backward=(False,))
     yield from _layers(
         "linear_4bit", llama8[1:] + llama70[:2], (1, 4, 16, 64, 256, 1024, 4096, 16384), backward=(False,)
     )
@@ -116,9 +118,10 @@ def _full(device: str) -> Iterator[Case]:
         yield from _layers(op, layers, rows)
     if device == "cuda":
         experts = [layer for model in EXPERTS.values() for layer in model.values()]
-        yield from _layers("linear_4bit_experts", experts, rows)
+        yield from _layers("linear_4bit_experts", experts, rows[1:])  # a token alone has several experts
         yield from _layers("lora_linear_4bit_adapters", MODELS["Llama-3 8B"].values(), rows)
     yield from _embedding(*rows)
+    yield from _layers("dropout", ((4096,), (14336,)), rows, backward=(False,))
 
 
 def suite(name: str, device: str) -> list[Case]:

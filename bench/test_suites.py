@@ -38,8 +38,7 @@ def test_speed(case, contestant, device, benchmark):
         pytest.skip(reason)
     rows = op.rows(case, Source(device, seed=1)) if op.rows else SimpleNamespace()
     with torch.set_grad_enabled(case.backward):
-        truth = entry.truth(rows) if entry.truth else op.truth(weights, rows)
-        status, reason, error = peers.verdict(entry.results(entry.run(rows)), truth, op.plain(weights, rows))
+        status, reason, error = peers.judged(entry, rows, op.truth(weights, rows), op.plain(weights, rows))
         if status == "wrong":
             (pytest.fail if contestant.name.startswith(peers.OURS) else pytest.skip)(f"wrong: {reason}")
 

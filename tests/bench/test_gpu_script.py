@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench import gpu, gpu_stages
-from bench.gpu_stages import STAGES, Command, Failed, Options, OutOfTime, Stage, Unavailable
+from bench.gpu_stages import STAGES, Command, Failed, Options, OutOfTime, Partial, Stage, Unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -103,6 +103,21 @@ def test_a_second_call_runs_only_what_is_not_finished(tmp_path):
     assert counter.read_text() == "x"
     assert run(tmp_path, count, flaky, more=["--fresh"])[0] == 0
     assert counter.read_text() == "xx"
+
+
+def test_what_is_partial_is_well_and_continues(tmp_path):
+    ends = iter([Partial("3 ok"), None])
+
+    def result(options, output, code):
+        if reason := next(ends):
+            raise reason
+        return "7 ok"
+
+    code, entries = run(tmp_path, stage("measure", result=result))
+    assert code == 0 and report(tmp_path)["ok"] is True
+    assert (entries["measure"]["status"], entries["measure"]["note"]) == ("partial", "3 ok")
+    code, entries = run(tmp_path, stage("measure", result=result))
+    assert code == 0 and (entries["measure"]["status"], entries["measure"]["note"]) == ("ok", "7 ok")
 
 
 def test_nothing_is_kept_when_sources_change_or_what_a_stage_left_is_gone(tmp_path, monkeypatch):
@@ -296,7 +311,10 @@ def test_what_the_benchmarks_say(options):
         result(options, "ImportError: torch", 1)
     (options.out / "ops.json").write_text(json.dumps({"results": results}))
     assert result(options, "", 0) == "1 ok, 1 wrong"
-    with pytest.raises(OutOfTime, match="1 ok, 1 wrong"):
+    with pytest.raises(Partial, match="1 ok, 1 wrong; not all was measured"):
+        result(options, "", 3)
+    (options.out / "ops.json").write_text(json.dumps({"results": []}))
+    with pytest.raises(OutOfTime, match="nothing was measured"):
         result(options, "", 3)
     results[0] |= {"status": "wrong", "reason": "ours"}
     (options.out / "ops.json").write_text(json.dumps({"results": results}))

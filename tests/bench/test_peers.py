@@ -10,10 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 
-from bench import contest, peers, peers_quantlib, peers_torch
+import quantlib
+from bench import contest, peers, peers_quantlib, peers_torch, suites
 from bench.cases import OPS, make_weights
 from bench.inputs import Case, Source
 from bench.peers import CONTESTANTS, Contestant, Unavailable
@@ -63,6 +65,26 @@ def test_missing_package():
         peer.entry(None, None)
 
 
+def test_versions_are_those_of_the_packages():
+    build = lambda case, w: None  # noqa: E731
+    assert peers.package_version(Contestant("quantlib, decode + torch", None, build)) == quantlib.__version__
+    assert peers.package_version(Contestant("torch._int_mm", None, build)) == torch.__version__
+    assert peers.package_version(Contestant("x", "no_such_package", build)) is None
+    assert peers.package_version(Contestant("x", "numpy", build)) == numpy.__version__
+
+
+@pytest.mark.parametrize("op, name", [("linear_int8", "torch._int_mm, product alone"), ("dropout", "torch")])
+def test_what_computes_something_of_its_own_is_held_to_it(op, name):
+    case = Case(op, suites.tiny(op), torch.bfloat16, 20)
+    w, rows = make_weights(case.group, Source("cpu")), OPS[op].rows(case, Source("cpu", 1))
+    (peer,) = (peer for peer in CONTESTANTS[op] if peer.name == name)
+    entry = peer.entry(case, w)
+    expected = OPS[op].truth(w, rows), OPS[op].plain(w, rows)
+    assert peers.judged(entry, rows, *expected)[0] == "ok"
+    wrong = replace(entry, results=lambda output: {"y": entry.results(output)["y"] * 1.02})
+    assert peers.judged(wrong, rows, *expected)[0] == "wrong"
+
+
 def test_rows_that_an_entry_takes():
     entry = peers.Entry(lambda rows: None, least_rows=17, most_rows=64)
     assert entry.refusal(16) == "it takes M >= 17 only"
@@ -100,10 +122,8 @@ def test_peers_of_experts_and_adapters_compute_the_same(op, backward, m):
         except Unavailable as reason:
             statuses[peer.name] = str(reason)
             continue
-        right = (entry.truth or (lambda rows: OPS[op].truth(w, rows)))(rows)
         with torch.set_grad_enabled(backward):
-            found = entry.results(entry.run(rows))
-        statuses[peer.name] = peers.verdict(found, right, OPS[op].plain(w, rows))[0]
+            statuses[peer.name] = peers.judged(entry, rows, OPS[op].truth(w, rows), OPS[op].plain(w, rows))[0]
     assert "serves cuda tensors, not cpu" in statuses.pop("quantlib")
     missing = [name for name, status in statuses.items() if "not installed" in status]
     assert all(status == "ok" for name, status in statuses.items() if name not in missing), statuses

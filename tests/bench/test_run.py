@@ -47,7 +47,7 @@ def test_everything_of_ours_is_right(tmp_path, capsys):
 
 
 def test_resuming_measures_what_is_missing(tmp_path, monkeypatch, capsys):
-    assert bench("--ops", "quantize_int8,linear_int8", "--budget", "0.001", "--out", tmp_path / "r.json") == 0
+    assert bench("--ops", "quantize_int8,linear_int8", "--budget", "0.001", "--out", tmp_path / "r.json") == 3
     assert "after 1 of 5 cases; --resume continues" in capsys.readouterr().out
     first = records.read(tmp_path / "r.json")["results"]
     assert bench("--ops", "quantize_int8,linear_int8", "--resume", "--out", tmp_path / "r.json") == 0
@@ -121,6 +121,9 @@ def test_cold_data_exceed_the_cache_twice(monkeypatch):
     assert (count - 1) * read < 2 << 20 <= count * read
     assert run.copies(Case("linear_4bit", (1024, 1024), torch.bfloat16, 1, cache="warm"), torch.device("cpu")) == 1
     assert run.copies(Case("linear_4bit", (64, 64), torch.bfloat16, 1), torch.device("cpu")) == run.MOST_COPIES
+    assert run.copies(Case("linear_4bit", (64, 64), torch.bfloat16, 1), torch.device("cpu"), 4) == 4
+    many = Case("linear_4bit_experts", (128, 2048, 768), torch.bfloat16, 1)  # a single one is read, all are copied
+    assert run.copies(many, torch.device("cpu")) * 128 * 2048 * 768 * 5 <= run.COPIED_BYTES
 
 
 def test_each_copy_is_called_on_its_own_rows():
