@@ -25,6 +25,7 @@ namespace quantlib::QUANTLIB_ISA {
 
 #include "simd.h"
 #include "branch.h"
+#include "matmul.h"
 
 constexpr int kTile = QUANTLIB_LEVEL == 2 ? 4 : 2;
 
@@ -79,10 +80,73 @@ static void lora_s_typed(const void* x_, int64_t m, int64_t k, const A* a, int64
   });
 }
 
+// Rows of x or dy, as the weight of a product in which the branch's factors are few rows.
+template <class X>
+struct DenseRows {
+  const X* x;
+  int64_t k;
+
+  template <class E>
+  SIMD_INLINE_MEMBER void decode(int64_t row, int64_t begin, int64_t end, E* out) const {
+    convert(x + row * k + begin, end - begin, out);
+  }
+  SIMD_INLINE_MEMBER void prefetch(int64_t row, int64_t begin, int64_t end) const {
+    const X* next = x + (row + kColumns) * k;
+    for (int64_t i = begin; i < end; i += 64 / int64_t(sizeof(X))) __builtin_prefetch(next + i, 0, 2);
+  }
+  SIMD_INLINE_MEMBER void prefetch_below(int64_t row, int64_t begin) const {
+    __builtin_prefetch(x + (row + 32) * k + begin, 0, 2);
+  }
+};
+
+// What rows of X are multiplied as, and how many of it a factor takes: two bfloat16 hold 16 of a float's 24 bits.
+template <class X>
+struct MultipliedAs {
+  typedef float Element;
+};
+#if QUANTLIB_LEVEL == 2
+template <>
+struct MultipliedAs<bf16> {
+  typedef bf16 Element;
+};
+#endif
+SIMD_INLINE void term(float v, int64_t, float* out) { *out = v; }
+SIMD_INLINE void term(float v, int64_t index, bf16* out) {
+  narrow(v, out);
+  if (index) narrow(magnitude(v) < kInf ? v - widen(*out) : 0, out);
+}
+
+template <class X, class A>
+static void many_dots(const void* x, int64_t m, int64_t k, const A* a, int64_t row, int64_t column, int64_t rank,
+                      float* s) {
+  typedef typename MultipliedAs<X>::Element E;
+  constexpr int64_t kTerms = __is_same(E, float) || __is_same(E, A) ? 1 : 2;
+  const DenseRows<X> rows{static_cast<const X*>(x), k};
+  multiply_panels<E>(
+      rank * kTerms, m, k,
+      [&](int64_t r, int64_t begin, int64_t length, E* out) {
+        const A* from = a + r / kTerms * row + begin * column;
+        for (int64_t i = 0; i < length; ++i) term(widen(from[i * column]), r % kTerms, out + i);
+      },
+      [&](int64_t, int64_t) { return RowPanels<DenseRows<X> >{rows}; },
+      [&](const auto&, const Tiling& tiling, const float* sums, int64_t first, int64_t count) {
+        for (int64_t c = 0; c < count; ++c)
+          for (int64_t r = 0; r < tiling.rows; ++r) {
+            float& to = s[(first + c) * rank + (tiling.first + r) / kTerms];
+            to = sums[r * kColumns + c] + ((tiling.first + r) % kTerms ? to : 0);
+          }
+      });
+}
+
 template <class A>
 static void lora_s_of(DType x_dtype, const void* x, int64_t m, int64_t k, const void* a_, int64_t row, int64_t column,
                       int64_t rank, float* s) {
+  constexpr int64_t kFewRows = 16;
   const A* a = static_cast<const A*>(a_);
+  if (m > kFewRows) {
+    QUANTLIB_BY_DTYPE(x_dtype, many_dots, x, m, k, a, row, column, rank, s);
+    return;
+  }
   const bool in_rows = column == 1 && row == k;
   const Scratch<A> turned(0, in_rows ? 0 : rank * k);
   for (int64_t i = 0; i < k && !in_rows; ++i)
@@ -96,71 +160,32 @@ void lora_s(DType x_dtype, const void* x, int64_t m, int64_t k, DType a_dtype, c
   QUANTLIB_BY_DTYPE(a_dtype, lora_s_of, x_dtype, x, m, k, a, row, column, rank, s);
 }
 
-// Rows of s and x that are summed in registers; a longer chain costs float32's accuracy.
-constexpr int64_t kOuterRows = 16;
-
-// out[j * stride + i] += sum of s[r, j] x[r, i] over `rows` rows, for J columns of s and `count` <= 2 W of x.
-template <int J, class X>
-static void outer(const float* s, int64_t rank, const X* x, int64_t k, int64_t rows, int64_t count, float* out,
-                  int64_t stride) {
-  F32 acc[J][2] = {};
-  for (int64_t r = 0; r < rows; ++r) {
-    F32 v[2] = {};
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      if (count >= (i + 1) * W)
-        v[i] = load(x + r * k + i * W);
-      else if (count > i * W)
-        v[i] = load_part(x + r * k + i * W, count - i * W);
-    }
-#pragma GCC unroll 8
-    for (int j = 0; j < J; ++j)
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) acc[j][i] = fma(set1(s[r * rank + j]), v[i], acc[j][i]);
-  }
-#pragma GCC unroll 8
-  for (int j = 0; j < J; ++j)
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) store(out + j * stride + i * W, load(out + j * stride + i * W) + acc[j][i]);
-}
-
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-
 template <class Out>
-static void store_scaled(const float* sums, int64_t stride, int64_t rank, int64_t first, int64_t last, float scaling,
-                         void* target, int64_t row, int64_t column) {
-  Out* out = static_cast<Out*>(target);
-  for (int64_t i = first; i < last; ++i)
-    for (int64_t j = 0; j < rank; ++j) narrow(sums[j * stride + i - first] * scaling, out + j * row + i * column);
+static void store_scaled(const float* sums, int64_t count, float scaling, void* target, int64_t at, int64_t column) {
+  Out* out = static_cast<Out*>(target) + at;
+  for (int64_t i = 0; i < count; ++i) narrow(sums[i] * scaling, out + i * column);
 }
 
-// A thread sums some columns of x over all rows, a few rows at a time: they are read in order, and once.
 template <class X>
-static void outer_of(const void* x_, int64_t m, int64_t k, const float* s, int64_t rank, float scaling, DType dtype,
+static void outer_of(const void* x, int64_t m, int64_t k, const float* s, int64_t rank, float scaling, DType dtype,
                      void* out, int64_t row, int64_t column) {
-  constexpr int kAtOnce = QUANTLIB_LEVEL == 2 ? 8 : 4;
-  const X* x = static_cast<const X*>(x_);
-  parallel_for((k + 2 * W - 1) / (2 * W), 16384 / (2 * W * (m + 1)) + 1, [&](int64_t first, int64_t last) {
-    const int64_t begin = first * 2 * W, end = last * 2 * W < k ? last * 2 * W : k, stride = (last - first) * 2 * W;
-    const Scratch<float> sums(0, rank * stride);
-    __builtin_memset(sums, 0, sizeof(float) * rank * stride);
-    for (int64_t r = 0; r < m; r += kOuterRows) {
-      const int64_t rows = m - r < kOuterRows ? m - r : kOuterRows;
-      for (int64_t i = begin; i < end; i += 2 * W) {
-        const auto tile = [&](auto one, int64_t j) {
-          outer<decltype(one)::value>(s + r * rank + j, rank, x + r * k + i, k, rows, end - i,
-                                      sums + j * stride + i - begin, stride);
-        };
-        int64_t j = 0;
-        for (; j + kAtOnce <= rank; j += kAtOnce) tile(Count<kAtOnce>{}, j);
-        for (; j < rank; ++j) tile(Count<1>{}, j);
-      }
-    }
-    QUANTLIB_BY_DTYPE(dtype, store_scaled, sums, stride, rank, begin, end, scaling, out, row, column);
-  });
+  typedef typename MultipliedAs<X>::Element E;
+  const int64_t terms = __is_same(E, float) || dtype == DType::bf16 ? 1 : 2;
+  const DenseRows<X> rows{static_cast<const X*>(x), k};
+  multiply_panels<E>(
+      rank * terms, k, m,
+      [&](int64_t r, int64_t begin, int64_t length, E* to) {
+        for (int64_t i = 0; i < length; ++i) term(s[(begin + i) * rank + r / terms], r % terms, to + i);
+      },
+      [&](int64_t, int64_t) { return ColumnPanels<DenseRows<X> >{rows}; },
+      [&](const auto&, const Tiling& tiling, float* sums, int64_t first, int64_t count) {
+        for (int64_t r = 0; r < tiling.rows; r += terms, sums += terms * kColumns) {
+          if (terms == 2)
+            for (int64_t c = 0; c < kColumns; ++c) sums[c] += sums[kColumns + c];
+          const int64_t at = (tiling.first + r) / terms * row + first * column;
+          QUANTLIB_BY_DTYPE(dtype, store_scaled, sums, count, scaling, out, at, column);
+        }
+      });
 }
 
 void lora_outer(DType x_dtype, const void* x, int64_t m, int64_t k, const float* s, int64_t rank, float scaling,

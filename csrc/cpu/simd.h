@@ -190,6 +190,11 @@ static float absmax(const T* x, int64_t n) {
 // Rounds in[i], times scale[i] if there are scales.
 template <class A, class B>
 static void convert(const A* in, int64_t n, B* out, const float* scale = nullptr) {
+  if constexpr (__is_same(A, B))
+    if (!scale) {
+      __builtin_memcpy(out, in, sizeof(A) * n);
+      return;
+    }
   int64_t i = 0;
   for (; i + W <= n; i += W) store(out + i, scale ? load(in + i) * load(scale + i) : load(in + i));
   for (; i < n; ++i) narrow(scale ? widen(in[i]) * scale[i] : widen(in[i]), out + i);

@@ -137,6 +137,24 @@ def test_gradients_within_error_budget(isa, dtype, kind, m, n, k, rank, p, seed)
 
 
 @every_isa
+@pytest.mark.parametrize("m", [3, 100])
+def test_gradients_of_float32_factors_are_not_rounded_to_16_bits(isa, m):
+    n, k, rank, scaling = 90, 130, 5, 0.5
+    x, dy, s = (torch.randn(m, size).bfloat16() for size in (k, n, rank))
+    a, b, _ = branch(x, n, rank, torch.float32)
+    with use_backend(isa):
+        _, *actual = ops.lora_linear_4bit_backward(
+            dy, x, s, *weight_4bit(n, k), a, b, scaling, None, 0.0, [False, True, True]
+        )
+    x, dy, s, b = x.double(), dy.double(), s.double(), b.double()
+    exact = scaling * (dy @ b).t() @ x, scaling * dy.t() @ s
+    sizes = scaling * (dy.abs() @ b.abs()).t() @ x.abs(), scaling * dy.t().abs() @ s.abs()
+    for got, truth, size in zip(actual, exact, sizes, strict=True):
+        assert got.dtype == torch.float32
+        assert ((got.double() - truth).abs() <= 2.0**-14 * size).all()
+
+
+@every_isa
 @forall(
     x=tensors(special=False),
     n=st.integers(0, 50),
