@@ -1,6 +1,8 @@
 """The 4-bit kernels as they are compiled, see `bench.compiled`."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -86,29 +88,49 @@ def branch(dtype: str, transposed: bool = False) -> dict[str, str]:
     return {"lora_s": f"*{dtype}", "lora_b": "*fp32", "lora_seed": "*i64"} | numbers | dict.fromkeys(strides, "i32:16")
 
 
-def _linear(m: int, dtype: str, nested: bool = False, block_size: int = 64, rank: int = 0, experts: int = 0) -> Variant:
-    """`linear_4bit` of m rows by a [4096, 4096] weight."""
+def _out(settings: Mapping[str, Any], dtype: str) -> str:
+    """The type of the result: parts in float32 where the sum is split."""
+    return f"*{dtype}" if settings["SPLIT"] == 1 else "*fp32"
+
+
+def _linear(
+    m: int,
+    dtype: str,
+    n: int = 4096,
+    nested: bool = False,
+    block_size: int = 64,
+    rank: int = 0,
+    experts: int = 0,
+    whole: bool = True,
+) -> Variant:
+    """`linear_4bit` of m rows by a [n, 4096] weight. whole: its rows are whole steps of the loop; there is a bias."""
     chunk = chunk_size(block_size)
 
-    def constants(arch: Architecture) -> dict:
-        settings = default("linear_4bit", arch, m=m, n=4096, k=4096, chunk=chunk, dtype=TORCH[dtype])
-        scaled = settings["SCALED"]
-        lookup = (_scaled_lookup if scaled else _lookup)(arch, dtype)
-        shape = {"BLOCK_SIZE": block_size, "CHUNK": scaled or chunk, "EVEN": True}
-        extras = {"BIAS": True, "DROP": False, "stride_factor": 1, "EXPERTS": experts}
-        extras["RANK"] = rank and branch_factors(arch, rank, TORCH[dtype])
-        return {"DOUBLE_QUANT": nested, "LOOKUP": lookup} | shape | extras | settings
+    def settings(arch: Architecture) -> dict:
+        tile = default("linear_4bit", arch, m=m, n=n, k=4096, chunk=chunk, dtype=TORCH[dtype])
+        return tile | {"SPLIT": 1} if experts else tile
 
-    name = f"linear_4bit m={m} {dtype}" + " nested" * nested + f" block={block_size}" * (block_size != 64)
-    tensor = {"sm_90": "mma.m16n8k16" if m <= 16 else f"wgmma.m64n{m}k16.* A in registers"}
+    def constants(arch: Architecture) -> dict:
+        scaled = settings(arch)["SCALED"]
+        lookup = (_scaled_lookup if scaled else _lookup)(arch, dtype)
+        shape = {"BLOCK_SIZE": block_size, "CHUNK": scaled or chunk, "EVEN": whole}
+        extras = {"BIAS": whole, "DROP": False, "stride_factor": 1, "EXPERTS": experts}
+        extras["RANK"] = rank and branch_factors(arch, rank, TORCH[dtype])
+        return {"DOUBLE_QUANT": nested, "LOOKUP": lookup} | shape | extras | settings(arch)
+
+    def signature(arch: Architecture) -> dict:
+        types = weight(nested) | branch(dtype) | dict.fromkeys(("x", "bias"), f"*{dtype}")
+        types |= {"ends": "*i32", "m": "i32", "n": "i32:16", "k": "i32:16", "stride_x": "i32:16", "experts": "i32"}
+        codes = "*fp32" if settings(arch)["SCALED"] else f"*{dtype}"
+        return types | {"codes": codes, "out": _out(settings(arch), dtype)}
+
+    name = f"linear_4bit m={m} {dtype}" + f" n={n}" * (n != 4096) + " nested" * nested
+    name += f" block={block_size}" * (block_size != 64) + f" rank={rank}" * bool(rank) + " experts" * bool(experts)
+    tensor = {"sm_90": "mma.m16n8k16" if m <= 16 else f"wgmma.m64n{min(m, 128)}k16.* A in registers"}
     return Variant(
-        name + f" rank={rank}" * bool(rank) + " experts" * bool(experts),
+        name + " broken" * (not whole),
         linear_4bit_kernel,
-        weight(nested)
-        | branch(dtype)
-        | dict.fromkeys(("x", "bias", "out"), f"*{dtype}")
-        | {"ends": "*i32", "m": "i32", "n": "i32:16", "k": "i32:16", "stride_x": "i32:16"}
-        | {"codes": f"*{dtype}" if m < 64 else "*fp32", "experts": "i32"},
+        signature,
         constants,
         {"enable_fp_fusion": True},
         Expect(tensor=tensor if dtype != "fp32" else {}, load=16 if block_size > 32 else 8),
@@ -117,37 +139,43 @@ def _linear(m: int, dtype: str, nested: bool = False, block_size: int = 64, rank
 
 
 def _linear_dx(
-    m: int, dtype: str, nested: bool = False, block_size: int = 64, rank: int = 0, drop: bool = False, experts: int = 0
+    m: int,
+    dtype: str,
+    nested: bool = False,
+    block_size: int = 64,
+    rank: int = 0,
+    drop: bool = False,
+    experts: int = 0,
+    whole: bool = True,
 ) -> Variant:
-    """`linear_4bit_dx` of m rows by a [4096, 4096] weight."""
+    """`linear_4bit_dx` of m rows by a [4096, 4096] weight. whole: its columns are whole steps of the loop."""
     chunk = chunk_size(block_size)
 
+    def settings(arch: Architecture) -> dict:
+        tile = default("linear_4bit_dx", arch, m=m, n=4096, k=4096, chunk=chunk, dtype=TORCH[dtype])
+        return tile | {"SPLIT": 1} if experts else tile
+
     def constants(arch: Architecture) -> dict:
-        settings = default("linear_4bit_dx", arch, m=m, n=4096, k=4096, chunk=chunk, dtype=TORCH[dtype])
-        shape = {"CHUNK": chunk, "CHUNKS_PER_BLOCK": block_size // chunk, "EVEN": True}
+        shape = {"CHUNK": chunk, "CHUNKS_PER_BLOCK": block_size // chunk, "EVEN": whole}
         extras = {"DOUBLE_QUANT": nested, "LOOKUP": _scaled_lookup(arch, dtype), "EXPERTS": experts}
         extras |= {"RANK": rank and branch_factors(arch, rank, TORCH[dtype]), "DROP": drop, "stride_feature": 1}
-        return extras | shape | settings
+        return extras | shape | settings(arch)
+
+    def signature(arch: Architecture) -> dict:
+        types = weight(nested) | branch(dtype, transposed=True) | {"dy": f"*{dtype}", "codes": "*fp32", "ends": "*i32"}
+        types |= {"m": "i32", "n": "i32:16", "k": "i32:16", "stride_dy": "i32:16", "experts": "i32"}
+        return types | {"out": _out(settings(arch), dtype)}
 
     name = f"linear_4bit_dx m={m} {dtype}" + " nested" * nested + f" block={block_size}" * (block_size != 64)
+    name += f" rank={rank}" * bool(rank) + " dropout" * drop + " experts" * bool(experts) + " broken" * (not whole)
+    tensor = {"sm_90": f"wgmma.m64n{max(16, min(m, 128))}k16.* A in registers"}
     return Variant(
-        name + f" rank={rank}" * bool(rank) + " dropout" * drop + " experts" * bool(experts),
+        name,
         linear_4bit_dx_kernel,
-        weight(nested)
-        | branch(dtype, transposed=True)
-        | dict.fromkeys(("dy", "out"), f"*{dtype}")
-        | {
-            "codes": "*fp32",
-            "ends": "*i32",
-            "m": "i32",
-            "n": "i32:16",
-            "k": "i32:16",
-            "stride_dy": "i32:16",
-            "experts": "i32",
-        },
+        signature,
         constants,
         {"enable_fp_fusion": True},
-        Expect(tensor={"sm_90": f"wgmma.m64n{m}k16.* A in registers"} if dtype != "fp32" else {}, load=16),
+        Expect(tensor=tensor if dtype != "fp32" else {}, load=16),
         _targets("linear_4bit_dx", m, dtype),
     )
 
@@ -164,25 +192,39 @@ def _never_stored(variant: Variant) -> Variant:
     return replace(variant, name=f"{variant.name}, no W in shared memory", expect=expect, targets=("sm_90",))
 
 
+def _only_on_turing(variant: Variant) -> Variant:
+    """The variant where programs have as few rows as there are; elsewhere they are those of more rows."""
+    return replace(variant, targets=("sm_75",))
+
+
 VARIANTS = [
     *(_quantize(dtype) for dtype in TORCH),
     *(_dequantize(dtype, nested) for dtype in TORCH for nested in (False, True)),
     *(_embedding(dtype, nested) for dtype in TORCH for nested in (False, True)),
     *(_linear(m, dtype) for m in (1, 16, 64, 128) for dtype in ("fp16", "bf16")),
-    *(_never_stored(_linear(m, "bf16")) for m in (64, 128)),
-    _linear(1, "fp32"),
-    _linear(1, "bf16", nested=True),
-    _linear(128, "bf16", nested=True),
-    _linear(1, "bf16", block_size=32),
-    _linear(128, "bf16", block_size=128),
+    *(_never_stored(_linear(m, "bf16")) for m in (32, 64, 128)),
+    *(_linear(m, "fp32") for m in (1, 16)),
+    *(_only_on_turing(_linear(m, "fp16")) for m in (2, 4)),
+    _linear(32, "bf16"),
+    *(_linear(m, "bf16", n=28672) for m in (1, 16)),
+    *(_linear(m, "bf16", nested=True) for m in (1, 16, 128)),
+    *(_linear(m, "bf16", block_size=32) for m in (1, 128)),
+    *(_linear(m, "bf16", block_size=128) for m in (1, 128)),
     *(_linear(m, "bf16", rank=rank) for m in (1, 16, 128) for rank in (16, 64)),
     _linear(1, "fp32", rank=16),
-    _linear(64, "bf16", experts=64),
+    *(_linear(m, "bf16", experts=64) for m in (1, 64)),
+    _linear(64, "bf16", rank=16, experts=64),
+    *(_linear(m, "bf16", whole=False) for m in (1, 128)),
     *(_linear_dx(m, dtype) for m in (16, 128) for dtype in ("fp16", "bf16")),
+    *(_linear_dx(m, "bf16") for m in (32, 64)),
+    *(_only_on_turing(_linear_dx(m, "fp16")) for m in (1, 2, 4)),
     _linear_dx(16, "fp32"),
-    _linear_dx(128, "bf16", nested=True),
-    _linear_dx(128, "bf16", block_size=32),
+    *(_linear_dx(m, "bf16", nested=True) for m in (16, 128)),
+    *(_linear_dx(m, "bf16", block_size=32) for m in (16, 128)),
     *(_linear_dx(m, "bf16", rank=rank, drop=drop) for m in (16, 128) for rank in (16, 64) for drop in (False, True)),
+    *(_only_on_turing(_linear_dx(m, "fp16", rank=16, drop=True)) for m in (1, 4)),
     _linear_dx(16, "fp32", rank=16, drop=True),
-    _linear_dx(64, "bf16", experts=64),
+    *(_linear_dx(m, "bf16", experts=64) for m in (16, 64)),
+    _linear_dx(64, "bf16", rank=16, experts=64),
+    *(_linear_dx(m, "bf16", whole=False) for m in (16, 128)),
 ]

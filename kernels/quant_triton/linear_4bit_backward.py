@@ -137,7 +137,7 @@ def _(arch: Architecture, *, m: int, n: int, k: int, chunk: int, dtype: torch.dt
     if m > most_fused_rows(arch, dtype) or (arch.capability == 100 and dtype == torch.float32):
         return {}  # decoded first; on sm_100 Triton 3.7 would round float32 to TF32
     if arch.capability < 80:
-        tiles = {"BLOCK_M": m, "BLOCK_N": 32, "BLOCK_K": 64, "SPLIT": splits(triton.cdiv(k, 64), n // 32, arch)}
+        tiles = {"BLOCK_M": m, "BLOCK_N": 32, "BLOCK_K": 128, "SPLIT": splits(triton.cdiv(k, 128), n // 32, arch)}
         return tiles | {"num_warps": 4, "num_stages": 2}
     block_m = max(16, min(m, 128))
     tiles = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 128}
