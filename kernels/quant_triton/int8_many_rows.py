@@ -2,15 +2,15 @@
 
 Both operands lie K-contiguous in shared memory as tensor cores want them, brought there by TMA where the GPU has it.
 Few rows of x are the second operand, padded to 16 rather than 64, and K is split among programs: the last one to finish
-a tile sums the int32 parts, exact in any order. The number of outlier columns is read on the device. Rows were
-quantized before anyone knew these columns, so a product in int8 takes their part off the accumulator, which is then
-what the definition says to the bit; for many rows, another launch clears them instead, which leaves the registers to a
-larger tile. On Turing, for which Triton has no tensor-core products, the same integers are multiplied in float16, exact
-within a step.
+a tile sums the int32 parts, exact in any order. The number of outlier columns is read on the device, and a step adds 16
+of them. Rows were quantized before anyone knew these columns, so what a step multiplies is x less its int8 part, which
+the sums have already: the difference, below half a step of int8 but for the outliers themselves, loses less than a
+thousandth of such a step to its rounding to 16 bits. On Turing, for which Triton has no tensor-core products, the same
+integers are multiplied in float16, exact within a step.
 
-Compiled for sm_90: many rows wgmma.m64n128k32.s32.s8.s8 in tiles of 128 x 256, 241 registers, 195 or 244 with a LoRA
-branch of rank 16 or 64, 192 KiB of shared memory, no spills. Triton waits for each step's wgmma, as it does unless sums
-are float32; steps of 128 columns keep that below a seventh. 16 rows: wgmma.m64n16k32, 56 registers, six stages.
+Compiled for sm_90: many rows wgmma.m64n128k32.s32.s8.s8 in tiles of 128 x 256, 255 registers, 192 KiB of shared memory,
+no spills, with a LoRA branch or without. Triton waits for each step's wgmma, as it does unless sums are float32; steps
+of 128 columns keep that below a seventh. 16 rows: wgmma.m64n16k32, 48 registers, six stages.
 
 Compiled and interpreted, not yet run on a GPU.
 """
@@ -23,14 +23,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .absmax import clear_outliers, quantize_rows
+from .absmax import quantize_rows
 from .absmax_kernels import outlier_count
 from .branch import Lora
 from .int8_epilogue import epilogue_arguments, product, store_int8
 from .launch import bucket, candidates, config, default_config, launch
 
 _STEP = tl.constexpr(1 / 127)
-_OUTLIERS, _OUTLIERS_INT8 = tl.constexpr(16), tl.constexpr(32)  # columns of a step, the least that tensor cores take
+_OUTLIERS = tl.constexpr(16)  # columns of a step, the least that tensor cores take
 
 
 @triton.jit
@@ -67,24 +67,13 @@ def _integer_product(a, b, acc, INT8: tl.constexpr, WEIGHT_FIRST: tl.constexpr):
 
 
 @triton.jit
-def _without_outliers(acc, q, w, columns, count, m, n, M, N, K, INT8: tl.constexpr, WEIGHT_FIRST: tl.constexpr):
-    """The int32 sums of a tile less what is in outlier columns."""
-    for start in range(0, count, _OUTLIERS_INT8):
-        i = start + tl.arange(0, _OUTLIERS_INT8)
-        column = tl.load(columns + i, mask=i < count, other=0)
-        taken = _columns(q, m, K, M, column, i < count)
-        weight = _columns(w, n, K, N, column, i < count)
-        acc = _integer_product(-taken, weight, acc, INT8, WEIGHT_FIRST)
-    return acc
-
-
-@triton.jit
-def _with_outliers(total, x, w, columns, count, m, n, M, N, K, x_row, WEIGHT_FIRST: tl.constexpr):
-    """The sums of a tile and, in x's dtype, those of outlier columns."""
+def _with_outliers(total, scale, x, q, w, columns, count, m, n, M, N, K, x_row, WEIGHT_FIRST: tl.constexpr):
+    """The sums of a tile with what is in outlier columns in x's dtype: x, less what int8 has of it already."""
     for start in range(0, count, _OUTLIERS):
         i = start + tl.arange(0, _OUTLIERS)
         column = tl.load(columns + i, mask=i < count, other=0)
-        left = _columns(x, m, x_row, M, column, i < count)
+        taken = _columns(q, m, K, M, column, i < count).to(tl.float32) * scale[:, None]
+        left = (_columns(x, m, x_row, M, column, i < count).to(tl.float32) - taken).to(x.dtype.element_ty)
         weight = _columns(w, n, K, N, column, i < count).to(x.dtype.element_ty)
         total = product(left, weight, total, WEIGHT_FIRST)
     return total
@@ -117,7 +106,6 @@ def product_kernel(
     RANK: tl.constexpr,
     TMA: tl.constexpr,
     SPLIT: tl.constexpr,
-    CLEARED: tl.constexpr,
     INT8: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
     SPLIT_K: tl.constexpr,
@@ -164,12 +152,10 @@ def product_kernel(
             acc = tl.zeros_like(acc)
             for i in range(SPLIT_K):
                 acc += tl.load(place + i * BLOCK_M * BLOCK_N, cache_modifier=".cg")
-        if SPLIT and not CLEARED:
-            acc = _without_outliers(acc, q, w, columns, count, m, n, M, N, K, INT8, WEIGHT_FIRST)
         scale = tl.load(x_absmax + m, mask=m < M, other=0.0) * _STEP
         total = acc.to(tl.float32) * tl.expand_dims(scale, 0 if WEIGHT_FIRST else 1)
         if SPLIT:
-            total = _with_outliers(total, x, w, columns, count, m, n, M, N, K, x_row, WEIGHT_FIRST)
+            total = _with_outliers(total, scale, x, q, w, columns, count, m, n, M, N, K, x_row, WEIGHT_FIRST)
         lora = (lora_s, lora_b, rank, stride_feature, stride_factor, scaling)
         store_int8(y, total, w_absmax, bias, lora, m, n, M, N, RANK, WEIGHT_FIRST)
 
@@ -182,7 +168,7 @@ def _tile_config(arch, m, n, k, block_m, block_n, block_k, warps):
     split = min(resident * arch.multiprocessors // tiles, k // (4 * block_k), 16)
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8, "SPLIT_K": max(split, 1)}
     hopper = arch.kind == "cuda" and arch.capability >= 90
-    way = {"WEIGHT_FIRST": block_m < 64, "TMA": hopper, "CLEARED": m > 512, "INT8": arch.capability != 75}
+    way = {"WEIGHT_FIRST": block_m < 64, "TMA": hopper, "INT8": arch.capability != 75}
     return {**blocks, **way, "num_warps": warps, "num_stages": max(2, min(stages, 4 if resident == 1 else 6))}
 
 
@@ -238,8 +224,6 @@ def many_rows(
     split_k = tile["SPLIT_K"]
     q, x_absmax, outliers = quantize_rows(x, threshold, extra=4 * tiles if split_k > 1 else 0)
     found = (outliers.state, outliers.columns if threshold > 0 else None) if outliers else (None, None)
-    if threshold > 0 and tile["CLEARED"]:
-        clear_outliers(q, outliers)
     parts = None
     if split_k > 1:
         parts = torch.empty(tiles * split_k * tile["BLOCK_M"] * tile["BLOCK_N"], dtype=torch.int32, device=device)

@@ -69,13 +69,12 @@ def test_linear_int8_is_exact(m, n, k, threshold, dtype):
 
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("weight_first", [False, True])
-@pytest.mark.parametrize("cleared", [False, True])
 @pytest.mark.parametrize("split_k", [1, 3])
-def test_every_way_to_multiply(split_k, cleared, weight_first, tma):
+def test_every_way_to_multiply(split_k, weight_first, tma):
     """TMA and products in int8, or neither, as Turing has it."""
     x = with_outliers(45, 400, torch.float16)
     values, absmax = int8_weight(70, 400)
-    way = {"SPLIT_K": split_k, "WEIGHT_FIRST": weight_first, "TMA": tma, "CLEARED": cleared, "INT8": tma}
+    way = {"SPLIT_K": split_k, "WEIGHT_FIRST": weight_first, "TMA": tma, "INT8": tma}
     with forced("linear_int8", {**TILE, **way}):
         for threshold in (0.0, 6.0):
             assert_exact(linear_int8(x, values, absmax, None, threshold), x, values, absmax, None, threshold)
@@ -90,7 +89,7 @@ def test_the_way_to_multiply_leaves_no_trace():
     x, (values, absmax) = torch.randn(20, 300), int8_weight(70, 300)
     results = []
     for split_k, weight_first in ((1, False), (2, False), (4, True)):
-        way = {"SPLIT_K": split_k, "WEIGHT_FIRST": weight_first, "TMA": False, "CLEARED": False, "INT8": True}
+        way = {"SPLIT_K": split_k, "WEIGHT_FIRST": weight_first, "TMA": False, "INT8": True}
         with forced("linear_int8", {**TILE, **way}):
             results.append(linear_int8(x, values, absmax, None, 6.0))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
