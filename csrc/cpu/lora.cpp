@@ -88,7 +88,10 @@ struct DenseRows {
 
   template <class E>
   SIMD_INLINE_MEMBER void decode(int64_t row, int64_t begin, int64_t end, E* out) const {
-    convert(x + row * k + begin, end - begin, out);
+    if (end - begin == kColumns)
+      convert(x + row * k + begin, kColumns, out);
+    else
+      convert(x + row * k + begin, end - begin, out);
   }
   SIMD_INLINE_MEMBER void prefetch(int64_t row, int64_t begin, int64_t end) const {
     const X* next = x + (row + kColumns) * k;

@@ -189,7 +189,7 @@ static float absmax(const T* x, int64_t n) {
 
 // Rounds in[i], times scale[i] if there are scales.
 template <class A, class B>
-static void convert(const A* in, int64_t n, B* out, const float* scale = nullptr) {
+SIMD_INLINE void convert(const A* in, int64_t n, B* out, const float* scale = nullptr) {
   if constexpr (__is_same(A, B))
     if (!scale) {
       __builtin_memcpy(out, in, sizeof(A) * n);
