@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from bench import gpu, gpu_stages
+from bench.cases import OPS
+from bench.contest import MANY
 from bench.gpu_stages import STAGES, Command, Failed, Options, OutOfTime, Partial, Stage, Unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -275,6 +278,7 @@ def test_the_sanitizer_is_found_or_missed(options, tmp_path, monkeypatch):
         named("sanitizer").result(options, "Error: Device not supported.\nmore", 1)
 
 
+OURS_ALONE = {("quantlib", op) for op in MANY}  # Triton kernels under our own name
 JUNIT = '<testsuites><testsuite tests="{}" failures="{}" errors="0" skipped="{}"/></testsuites>'
 
 
@@ -356,16 +360,35 @@ def test_shellcheck(script):
     assert done.returncode == 0, done.stdout
 
 
+def write_wheel(folder):
+    """A wheel that installs one empty module."""
+    folder.mkdir()
+    info = "stand_in_for_a_peer-1.0.dist-info"
+    files = {
+        "stand_in_for_a_peer.py": "",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: stand-in-for-a-peer\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    with zipfile.ZipFile(folder / "stand_in_for_a_peer-1.0-py3-none-any.whl", "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+        archive.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in (*files, f"{info}/RECORD")))
+
+
 @pytest.mark.slow
-def test_a_dry_run_walks_every_stage(tmp_path):
+def test_a_dry_run_walks_every_stage(tmp_path_factory):
+    tmp_path, wheels = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("peers") / "wheels"
+    write_wheel(wheels)
     command = [str(SCRIPT), "--dry-run", "--out", str(tmp_path), "--budget", "1800"]
+    command += ["--tune", "--wheels", str(wheels)]
     done = subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr
     found = {entry["name"]: entry["status"] for entry in report(tmp_path)["stages"]}
-    assert found.pop("wheels") == found.pop("tune") == "unavailable"
-    rest = [stage.name for stage in STAGES if stage.name not in ("wheels", "tune")]
-    assert list(found) == rest and set(found.values()) == {"ok"}
+    assert list(found) == [stage.name for stage in STAGES] and set(found.values()) == {"ok"}
     files = sorted(path.name for path in tmp_path.iterdir())
     assert len(files) <= 8 and {"report.json", "gpu.log", "environment.json", "tests.xml", "ops.json"} <= set(files)
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._-") for name in files)
     assert all(path.stat().st_size < 16 << 20 for path in tmp_path.iterdir())
+    results = json.loads((tmp_path / "ops.json").read_text())["results"]
+    interpreted = [e for e in results if e["peer"] == "quantlib, triton" or (e["peer"], e["op"]) in OURS_ALONE]
+    assert {e["op"] for e in interpreted if e["status"] == "ok"} == set(OPS)

@@ -99,3 +99,10 @@ def test_the_container_calls_commands_that_exist():
             assert all((ROOT / name).exists() for name in line.split()[1:-1])
     assert {"make test", "bench/gpu.sh"} <= set(shown)
     assert any(line.startswith("FROM nvidia/cuda:13.") and "devel" in line for line in lines)
+
+
+def test_what_git_ignores_is_not_copied_into_the_container():
+    """Build outputs of this machine would be taken for those of the container."""
+    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().split()}
+    left_out = {line.removeprefix("**/") for line in (ROOT / ".dockerignore").read_text().split()}
+    assert ignored - left_out <= {"*.py[cod]"}  # in __pycache__
