@@ -1,10 +1,10 @@
 """Triton kernels for quantized weights; needs nothing but torch and triton.
 
 Functions take and return plain tensors, with the arguments of the `torch.ops.quantlib` op of the same name. Those of
-experts (`grouped.py`) are no such ops.
+experts (`grouped.py`), `absmax_int8` and `rms_norm_quantize_int8` are no such ops.
 """
 
-from .absmax import dequantize_int8, quantize_int8
+from .absmax import absmax_int8, dequantize_int8, quantize_int8, rms_norm_quantize_int8
 from .dropout import dropout
 from .grouped import linear_4bit_grouped, linear_4bit_grouped_dx
 from .int8 import linear_int8, linear_int8_dx
@@ -14,6 +14,7 @@ from .lora import lora_linear_4bit, lora_linear_4bit_backward, lora_linear_int8,
 from .nf4 import dequantize_4bit, embedding_4bit, quantize_4bit
 
 __all__ = [
+    "absmax_int8",
     "dequantize_4bit",
     "dequantize_int8",
     "dropout",
@@ -30,4 +31,5 @@ __all__ = [
     "lora_linear_int8_backward",
     "quantize_4bit",
     "quantize_int8",
+    "rms_norm_quantize_int8",
 ]

@@ -28,6 +28,7 @@ from .absmax_kernels import (
 from .launch import candidates, config, default, default_config, launch, problem
 
 LONGEST_ROW, LONGEST_COLUMN = 32768, 512  # that a program reads at once
+LONGEST_NORM = 16384  # of a row with its norm's weight beside it
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,11 @@ class _Matrix:
 
 @default_config("int8_whole")
 def _(arch, *, axis, length, norm):
-    """Tiles of whole rows or columns, 32 elements a thread, 16 where a norm's weight needs registers too."""
+    """Tiles of whole rows or columns, 32 elements a thread or 64, 16 where a norm's weight needs registers too."""
     length = triton.next_power_of_2(length)
     across = max((1024 if arch.interpreted else 4096) // length, 1) if axis == 1 else 32
     tile = (across, length) if axis == 1 else (length, across)
-    warps = min(max(length * across // (512 if norm else 1024), 1), 32)
+    warps = min(max(length * across // (512 if norm else 1024), 1), 32 if norm else 16)
     return {"BLOCK_R": tile[0], "BLOCK_C": tile[1], "num_warps": max(warps * 32 // arch.warp, 1), "num_stages": 1}
 
 
@@ -205,18 +206,18 @@ def rms_norm_quantize_int8(
     """`y = rms_norm(x)`, the mean square and the products in float32, rounded once; and `quantize_int8(y, -1, ...)`.
 
     Args:
-        x: [..., K], K up to 32768, any strides. weight: [K]. threshold: as in `quantize_int8`.
+        x: [..., K], K up to 16384, any strides. weight: [K]. threshold: as in `quantize_int8`.
 
     Returns:
         y in x's dtype, then values, absmax and outliers of y, from one read of x.
 
     Raises:
-        ValueError: an empty x, a weight of another size, K above 32768.
+        ValueError: an empty x, a weight of another size, K above 16384.
     """
-    if not x.numel() or weight.shape != x.shape[-1:] or weight.numel() > LONGEST_ROW:
+    if not x.numel() or weight.shape != x.shape[-1:] or weight.numel() > LONGEST_NORM:
         raise ValueError(
             f"quant_triton.rms_norm_quantize_int8: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; "
-            f"x is [..., K], not empty, weight [K], K at most {LONGEST_ROW}"
+            f"x is [..., K], not empty, weight [K], K at most {LONGEST_NORM}"
         )
     matrix = _Matrix.of("rms_norm_quantize_int8", x, -1, None)
     values, absmax, outliers, normed = _quantize(matrix, threshold, norm=(weight.contiguous(), eps))

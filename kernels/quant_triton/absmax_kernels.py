@@ -144,7 +144,7 @@ def tail(n_columns: int) -> int:
 @functools.cache
 def outlier_limit(threshold: float, dtype: torch.dtype) -> float:
     """The threshold rounded to x's dtype, as bitsandbytes compares."""
-    return torch.full((), threshold, dtype=dtype).item()
+    return torch.full((), threshold, dtype=dtype, device="cpu").item()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -187,14 +187,13 @@ def quantize_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """A tile holds whole rows (AXIS 1) or columns (AXIS 0). NORM: RMSNorm first, for AXIS 1."""
-    row = tl.arange(0, BLOCK_R)[:, None]
-    column = tl.arange(0, BLOCK_C)[None, :]
+    row = tl.arange(0, BLOCK_R)[:, None].to(tl.int64)
+    column = tl.arange(0, BLOCK_C)[None, :].to(tl.int64)
     if AXIS == 1:
-        row += tl.program_id(0) * BLOCK_R
+        row += tl.program_id(0).to(tl.int64) * BLOCK_R
     else:
-        column += tl.program_id(0) * BLOCK_C
+        column += tl.program_id(0).to(tl.int64) * BLOCK_C
     inside = (row < R) & (column < C)
-    row = row.to(tl.int64)
     if PARTIAL:
         inside &= row * C + column < n
     at = row * C + column

@@ -72,6 +72,19 @@ def test_any_strides(kind):
         assert_as_reference(view, *kind)
 
 
+def test_offsets_beyond_two_to_the_31():
+    try:
+        memory = torch.empty(5 * 2**29 + 9, dtype=torch.float16)  # pages that nobody touches are not there
+    except RuntimeError:
+        pytest.skip("needs an address space of 5 GB")
+    for shape, strides in (((2, 3), (1, 5 * 2**28)), ((3, 2), (5 * 2**28, 1))):
+        x = memory.as_strided(shape, strides)
+        x.copy_(torch.randn(shape))
+        for kind in (ROW, (-1, None, 0.5), COLUMN):
+            assert_as_reference(x, *kind)
+        assert torch.equal(absmax_int8(x)[1], reference.quantize_int8(x, *COLUMN)[1])
+
+
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_what_is_not_finite(bad, whole, monkeypatch):
@@ -136,6 +149,8 @@ def test_a_wrong_argument_is_named(kind, what):
         quantize_int8(torch.ones(2, 3), *kind)
     with pytest.raises(ValueError, match="weight"):
         rms_norm_quantize_int8(torch.ones(2, 3), torch.ones(2), 1e-6, 0.0)
+    with pytest.raises(ValueError, match="K at most 16384"):
+        rms_norm_quantize_int8(torch.ones(2, 16385), torch.ones(16385), 1e-6, 0.0)
 
 
 def test_every_pair_of_value_and_scale_decodes_as_the_reference_does():
