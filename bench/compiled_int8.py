@@ -172,8 +172,7 @@ def _dx(m: int, dtype: str = "bf16", n: int = 4096, k: int = 4096, rank: int = 0
         | {"lora_seed": "*i64", "threshold": "i32"}
         | types,
         lambda arch: {
-            "DROP": drop,
-            "QUADS": True,
+            "DROP": 4 * drop,
             **factors(arch),
             **launch.default("linear_int8_dx", arch, m=m, n=n, k=k, dtype=_DTYPES[dtype]),
         },

@@ -3,18 +3,24 @@
 from bench.compiled import Expect, Variant
 from bench.compiled_nf4 import TORCH, branch
 from quant_triton import low_rank, merge, parts
-from quant_triton.launch import ARCHITECTURES, default
+from quant_triton.launch import default
 from quant_triton.low_rank_tiles import branch_factors
 
 M, N, K = 8192, 4096, 14336
-_TENSOR_CORES = {
-    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), r"^mma\.m16n8k16.*f32.bf16.bf16.f32"),
-    "sm_90": "mma.*f32.bf16.bf16",
-    "sm_100": "mma",
-    "gfx942": "v_mfma_f32.*bf16",
-}
+
+
+def _tensor_cores(dtype):
+    """What multiplies on each GPU, by Triton's name for it; on sm_75 nothing does."""
+    kind = {"bf16": "bf16", "fp16": "f16"}[dtype]
+    return {
+        **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), rf"^mma\.m16n8k16.*f32\.{kind}\.{kind}\.f32"),
+        "sm_90": rf"mma.*f32\.{kind}\.{kind}",
+        "sm_100": "mma",
+        "gfx942": f"v_mfma_f32.*{kind}",
+    }
+
+
 _GATE = {"owner": "*i32", "adapter": "*i32", "gains": "*fp32"}
-_MMA = dict.fromkeys(ARCHITECTURES, "") | _TENSOR_CORES
 
 
 def _variant(name, kernel, signature, op, key, constants, dtype="bf16", **expect):
@@ -28,54 +34,61 @@ def _variant(name, kernel, signature, op, key, constants, dtype="bf16", **expect
         },
         {"enable_fp_fusion": op != "lora_merge"},
         # float32 must not be rounded to TF32, which is what tensor cores would do.
-        Expect(**({"tensor": _MMA} if dtype == "bf16" else {"absent": (r"mma\.",)}), **expect),
+        Expect(**({"absent": (r"mma\.",)} if dtype == "fp32" else {"tensor": _tensor_cores(dtype)}), **expect),
     )
 
 
-def _project(r, drop, dtype="bf16", gated=False):
-    signature = {"x": "*T", "a": "*fp32", "out": "*T", "seed": "*i64", "m": "i32", "k": "i32:16", "rank": "i32:16"}
-    signature |= {"stride": "i64:16", "threshold": "i32", "scale": "fp32", "blocks_per_split": "i32", **_GATE}
-    constants = {"DROP": drop, "QUADS": True, "GATED": gated}
-    key = {"m": 2048, "k": K, "r": r, "drop": drop}
-    name = f"project r={r}{' dropout' if drop else ''}{' gated' if gated else ''}"
-    return _variant(name, low_rank._project_kernel, signature, "lora_project", key, constants, dtype, load=16)
+def _name(what, r, **flags):
+    return " ".join(
+        [f"{what} r={r}", *(f"{name}={flag}" if flag is not True else name for name, flag in flags.items() if flag)]
+    )
 
 
-def _dy(r, dtype="bf16", gated=False):
+def _project(r, drop, dtype="bf16", gated=False, m=2048):
+    """One program takes the whole sum where there are many rows, or a part."""
+    odd = drop == 1
+    signature = {"x": "*T", "a": "*fp32", "out": "*T" if m == 2048 else "*fp32", "seed": "*i64", "m": "i32"}
+    signature |= {"k": "i32" if odd else "i32:16", "rank": "i32:16", "stride": "i64" if odd else "i64:16"}
+    signature |= {"threshold": "i32", "scale": "fp32", "blocks_per_split": "i32", **_GATE}
+    constants = {"DROP": drop, "GATED": gated}
+    key = {"m": m, "k": K, "r": r, "drop": drop}
+    name = _name("project", r, m=m != 2048 and m, dropout=drop > 0, gated=gated, odd=odd)
+    load = 4 if odd else 16
+    return _variant(name, low_rank._project_kernel, signature, "lora_project", key, constants, dtype, load=load)
+
+
+def _dy(r, dtype="bf16", gated=False, ds=True, db=True):
     signature = {"dy": "*T", "s": "*T", "b": "*fp32", "ds_parts": "*fp32", "db_parts": "*fp32", "m": "i32"}
     signature |= {"n": "i32:16", "rank": "i32:16", "stride": "i64:16", "scaling": "fp32", "blocks_per_split": "i32"}
     signature |= _GATE
-    constants = {"NEED_DS": True, "NEED_DB": True, "GATED": gated}
+    constants = {"NEED_DS": ds, "NEED_DB": db, "GATED": gated}
     key = {"m": 2048, "n": N, "r": r}
-    return _variant(
-        f"dy r={r}{' gated' if gated else ''}",
-        low_rank._dy_kernel,
-        signature,
-        "lora_dy",
-        key,
-        constants,
-        dtype,
-        load=16,
-    )
+    name = _name("dy", r, gated=gated, only="" if ds and db else "ds" if ds else "db")
+    return _variant(name, low_rank._dy_kernel, signature, "lora_dy", key, constants, dtype, load=16)
 
 
 def _da(r, drop, dtype="bf16"):
-    signature = {"x": "*T", "ds": "*T", "parts": "*fp32", "seed": "*i64", "m": "i32", "k": "i32:16", "rank": "i32:16"}
-    signature |= {"stride": "i64:16", "threshold": "i32", "scale": "fp32", "blocks_per_split": "i32"}
-    constants = {"DROP": drop, "QUADS": True}
+    odd = drop == 1
+    signature = {"x": "*T", "ds": "*T", "parts": "*fp32", "seed": "*i64", "m": "i32", "rank": "i32:16"}
+    signature |= {"k": "i32" if odd else "i32:16", "stride": "i64" if odd else "i64:16"}
+    signature |= {"threshold": "i32", "scale": "fp32", "blocks_per_split": "i32"}
+    constants = {"DROP": drop}
     key = {"m": 2048, "k": K, "r": r, "drop": drop}
-    name = f"da r={r}{' dropout' if drop else ''}"
-    return _variant(name, low_rank._da_kernel, signature, "lora_da", key, constants, dtype, load=16)
+    name = _name("da", r, dropout=drop > 0, odd=odd)
+    return _variant(name, low_rank._da_kernel, signature, "lora_da", key, constants, dtype, load=2 if odd else 16)
 
 
-def _add(r, drop, dtype="bf16"):
+def _add(r, drop, dtype="bf16", m=2048):
+    odd = drop == 1
+
     def constants(arch):
-        return {"RANK": branch_factors(arch, r, TORCH[dtype]), "stride_feature": 1, "DROP": drop, "QUADS": True}
+        return {"RANK": branch_factors(arch, r, TORCH[dtype]), "stride_feature": 1, "DROP": drop}
 
-    signature = {"out": "*T", "m": "i32", "n": "i32:16", **branch(dtype, transposed=True)}
-    key = {"m": 2048, "n": N, "r": r, "drop": drop}
-    name = f"add r={r}{' dropout' if drop else ''}"
-    return _variant(name, low_rank._add_kernel, signature, "lora_add", key, constants, dtype, load=16, store=16)
+    signature = {"out": "*T", "m": "i32", **branch(dtype, transposed=True), "n": "i32" if odd else "i32:16"}
+    key = {"m": m, "n": N, "r": r, "drop": drop}
+    name = _name("add", r, m=m != 2048 and m, dropout=drop > 0, odd=odd)
+    wide = {} if odd else {"load": 16, "store": 16}
+    return _variant(name, low_rank._add_kernel, signature, "lora_add", key, constants, dtype, **wide)
 
 
 def _merge(r, bits, nested=False, dtype="bf16"):
@@ -88,17 +101,26 @@ def _merge(r, bits, nested=False, dtype="bf16"):
     return _variant(name, merge._merge_kernel, signature, "lora_merge", key, constants, dtype, load=16, store=16)
 
 
+# Larger ranks are taken in parts. 0, 4, 1: no dropout; elements that share a counter of it, 1 where rows are odd.
+_RANKS = (16, 32, 64, 128)
+
 VARIANTS = [
-    *(_project(r, drop) for r, drop in ((16, False), (16, True), (64, True), (128, False))),
-    *(_dy(r) for r in (16, 64, 128)),
-    _project(128, True, gated=True),
-    _dy(128, gated=True),
-    *(_da(r, drop) for r, drop in ((16, False), (16, True), (128, True))),
-    *(_add(r, drop) for r, drop in ((16, False), (16, True), (128, True))),
-    *(_merge(*variant) for variant in ((16, 4), (16, 4, True), (128, 4, True), (16, 8))),
-    *(of(64, False, "fp32") for of in (_project, _da, _add)),
-    _dy(64, "fp32"),
-    _merge(64, 4, True, "fp32"),
+    *(_project(r, drop) for r in _RANKS for drop in (0, 4)),
+    *(_project(16, drop, m=m) for m in (16, 32) for drop in (0, 4)),
+    *(_project(r, 4, gated=True) for r in (16, 128)),
+    *(_dy(r) for r in _RANKS),
+    *(_dy(r, gated=True) for r in (16, 128)),
+    *(_dy(16, ds=ds, db=not ds) for ds in (False, True)),
+    *(_da(r, drop) for r in _RANKS for drop in (0, 4)),
+    *(_add(r, drop) for r in (16, 128) for drop in (0, 4)),
+    _add(16, 0, m=16),
+    *(of(r, 1) for of in (_project, _da, _add) for r in (16, 128)),
+    *(of(16, 4, "fp16") for of in (_project, _da, _add)),
+    *(of(r, drop, "fp32") for of in (_project, _da, _add) for r, drop in ((16, 4), (64, 0))),
+    *(_dy(r, dtype) for r, dtype in ((16, "fp16"), (64, "fp32"))),
+    *(_merge(r, 4, nested) for r in _RANKS for nested in (False, True)),
+    *(_merge(r, 8) for r in (16, 64)),
+    *(_merge(*variant) for variant in ((16, 4, True, "fp16"), (64, 4, True, "fp32"), (64, 8, False, "fp32"))),
     Variant(
         "sum of parts",
         parts.sum_kernel,

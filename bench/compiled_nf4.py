@@ -114,7 +114,7 @@ def _linear(
         scaled = settings(arch)["SCALED"]
         lookup = (_scaled_lookup if scaled else _lookup)(arch, dtype)
         shape = {"BLOCK_SIZE": block_size, "CHUNK": scaled or chunk, "EVEN": whole}
-        extras = {"BIAS": whole, "DROP": False, "stride_factor": 1, "EXPERTS": experts}
+        extras = {"BIAS": whole, "DROP": 0, "stride_factor": 1, "EXPERTS": experts}
         extras["RANK"] = rank and branch_factors(arch, rank, TORCH[dtype])
         return {"DOUBLE_QUANT": nested, "LOOKUP": lookup} | shape | extras | settings(arch)
 
@@ -158,7 +158,7 @@ def _linear_dx(
     def constants(arch: Architecture) -> dict:
         shape = {"CHUNK": chunk, "CHUNKS_PER_BLOCK": block_size // chunk, "EVEN": whole}
         extras = {"DOUBLE_QUANT": nested, "LOOKUP": _scaled_lookup(arch, dtype), "EXPERTS": experts}
-        extras |= {"RANK": rank and branch_factors(arch, rank, TORCH[dtype]), "DROP": drop, "stride_feature": 1}
+        extras |= {"RANK": rank and branch_factors(arch, rank, TORCH[dtype]), "DROP": 4 * drop, "stride_feature": 1}
         return extras | shape | settings(arch)
 
     def signature(arch: Architecture) -> dict:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import dropout_constants, survivors
+from .dropout import dropout_constants, sharing, survivors
 from .launch import architecture, dot
 from .low_rank_tiles import branch_factors
 
@@ -41,7 +41,7 @@ def branch_arguments(lora: Lora | None, stand_in: Tensor) -> dict[str, Any]:
     if lora is None:
         pointers = dict.fromkeys(("lora_s", "lora_b", "lora_seed"), stand_in)
         numbers = {"rank": 0, "stride_feature": 0, "stride_factor": 0, "scaling": 1.0, "threshold": 0}
-        return pointers | numbers | {"RANK": 0, "DROP": False}
+        return pointers | numbers | {"RANK": 0, "DROP": 0}
     s, b, scaling, seed, p = lora
     threshold, scale = (0, 1.0) if seed is None else dropout_constants(p)
     rank = s.shape[1]
@@ -55,7 +55,7 @@ def branch_arguments(lora: Lora | None, stand_in: Tensor) -> dict[str, Any]:
         "scaling": scaling * scale,
         "threshold": threshold,
         "RANK": branch_factors(architecture(s.device), rank, s.dtype),
-        "DROP": seed is not None,
+        "DROP": 0 if seed is None else sharing(b.shape[-2]),
     }
 
 
@@ -94,14 +94,14 @@ def branch(
     DTYPE: tl.constexpr,
     RANK: tl.constexpr,
     DROP: tl.constexpr,
-    QUADS: tl.constexpr,
     FEATURES_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A tile of the branch in float32, [rows, BLOCK], or [BLOCK, rows] if FEATURES_FIRST.
 
-    lora: (lora_s, lora_b, lora_seed, rank, stride_feature, stride_factor, scaling, threshold). row: [rows] int64, all of
-    which exist. start: the first of BLOCK features; those from `features` on are 0. QUADS: 4 divides features and start.
+    lora: (lora_s, lora_b, lora_seed, rank, stride_feature, stride_factor, scaling, threshold). row: [rows] int64, all
+    of which exist. start: the first of BLOCK features; those from `features` on are 0. DROP: see `dropout.survivors`,
+    0 for none.
     """
     s, b, seed, rank, stride_feature, stride_factor, scaling, threshold = lora
     feature = start + tl.arange(0, BLOCK)
@@ -109,7 +109,7 @@ def branch(
     acc = add_products(
         acc, s, b, row, feature, features, rank, stride_feature, stride_factor, DTYPE, RANK, FEATURES_FIRST
     )
-    if DROP:
-        kept = survivors(seed, row, start, features, threshold, QUADS, BLOCK)
+    if DROP > 0:
+        kept = survivors(seed, row, start, features, threshold, DROP, BLOCK)
         acc = tl.where(tl.trans(kept) if FEATURES_FIRST else kept, acc, 0.0)
     return acc * scaling

@@ -160,7 +160,10 @@ _LOOKUP = """{
 
 @triton.jit
 def block_scales(absmax, nested_absmax, nested_codebook, offset, block, mask, DOUBLE_QUANT: tl.constexpr):
-    """The float32 scales of blocks, 0 where the mask is false. A launch that nests must not fuse products and sums."""
+    """The float32 scales of blocks, 0 where the mask is false.
+
+    Nested ones have the bits of the reference only where the launch does not fuse products and sums.
+    """
     if DOUBLE_QUANT:
         code = tl.load(absmax + block, mask=mask, other=0)
         outer = tl.load(nested_absmax + block // NESTED_BLOCK_SIZE, mask=mask, other=0.0)

@@ -52,12 +52,12 @@ def kept(words, threshold):
 
 
 @triton.jit
-def survivors(seed, row, start, columns, threshold, QUADS: tl.constexpr, K: tl.constexpr):
+def survivors(seed, row, start, columns, threshold, DROP: tl.constexpr, K: tl.constexpr):
     """Dropout's mask of a tile [M, K] of a matrix. row: [M] int64. start: the first of K columns.
 
-    QUADS: whether 4 divides columns and start.
+    DROP: how many neighbours share a counter, see `sharing`; 4 divides start.
     """
-    if QUADS:  # four neighbours share a counter
+    if DROP == 4:
         group = row[:, None] * (columns // 4) + (start // 4 + tl.arange(0, K // 4))[None, :]
         a, b, c, d = random_words(tl.load(seed), group)
         words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
@@ -80,6 +80,11 @@ def _dropout_kernel(x, seed, out, n, threshold, scale, GROUPS: tl.constexpr, PAR
         scaled = tl.load(x + element, mask=element < n, other=0.0).to(tl.float32) * scale
         result = tl.where(kept(words, threshold), scaled, 0.0).to(out.dtype.element_ty)
         tl.store(out + element, result, mask=element < n)
+
+
+def sharing(columns: int) -> int:
+    """How many neighbours in a matrix of so many columns always share a counter: what kernels take as DROP, if any."""
+    return 4 if columns % 4 == 0 else 1
 
 
 def dropout_constants(p: float) -> tuple[int, float]:

@@ -57,7 +57,6 @@ def dx_kernel(
     threshold,
     RANK: tl.constexpr,
     DROP: tl.constexpr,
-    QUADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -71,7 +70,7 @@ def dx_kernel(
     if RANK > 0:  # first, while there are no other sums to be kept in registers
         row = tl.reshape(tl.minimum(m, M - 1), (BLOCK_M,)).to(tl.int64)
         lora = (lora_s, lora_b, lora_seed, rank, stride_feature, stride_factor, scaling, threshold)
-        acc = branch(lora, row, first_k, K, dy.dtype.element_ty, RANK, DROP, QUADS, False, BLOCK_K)
+        acc = branch(lora, row, first_k, K, dy.dtype.element_ty, RANK, DROP, False, BLOCK_K)
     for start in range(0, N, BLOCK_N):
         across = start + tl.arange(0, BLOCK_N)[None, :]
         down = start + tl.arange(0, BLOCK_N)[:, None]
@@ -208,6 +207,6 @@ def linear_int8_dx(dy: Tensor, values: Tensor, absmax: Tensor, *, lora: Lora | N
     tile = config("linear_int8_dx", dy.device, m=bucket(m), n=n, k=k, dtype=dy.dtype)
     grid = (triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(k, tile["BLOCK_K"]),)
     arguments = (rows, values.contiguous(), absmax, dx, m, n, k, rows.stride(0))
-    constants = {**branch_arguments(lora, dy), "QUADS": k % 4 == 0, **tile}
+    constants = {**branch_arguments(lora, dy), **tile}
     launch(dx_kernel, grid, *arguments, fp_fusion=False, **constants)
     return dx.view(shape)

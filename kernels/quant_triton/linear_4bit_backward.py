@@ -96,7 +96,7 @@ def linear_4bit_dx_kernel(
     acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     if RANK > 0 and split == 0:  # first, while there are no other sums to be kept in registers
         lora = (lora_s, lora_b, lora_seed, rank, stride_feature, stride_factor, scaling, threshold)
-        acc = branch(lora, first_m.to(tl.int64) + existing_row, first_k, k, DTYPE, RANK, DROP, True, True, BLOCK_K)
+        acc = branch(lora, first_m.to(tl.int64) + existing_row, first_k, k, DTYPE, RANK, DROP, True, BLOCK_K)
 
     share = tl.cdiv(tl.cdiv(n, BLOCK_N), SPLIT) * BLOCK_N
     begin = split * share

@@ -182,7 +182,7 @@ def linear_4bit_kernel(
     inside = (row < end_m - first_m)[None, :] & (feature < n)[:, None]
     if RANK > 0 and split == 0:
         lora = (lora_s, lora_b, lora_seed, rank, stride_feature, stride_factor, scaling, threshold)
-        acc += branch(lora, first_m.to(tl.int64) + existing_row, first_n, n, DTYPE, RANK, DROP, False, True, BLOCK_N)
+        acc += branch(lora, first_m.to(tl.int64) + existing_row, first_n, n, DTYPE, RANK, DROP, True, BLOCK_N)
     if BIAS:
         acc += tl.load(bias + feature, mask=(feature < n) & (split == 0), other=0.0).to(tl.float32)[:, None]
     out += (split.to(tl.int64) * m + first_m) * n

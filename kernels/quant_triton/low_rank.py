@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .branch import Lora, branch, branch_arguments
-from .dropout import dropout_constants, survivors
+from .dropout import dropout_constants, sharing, survivors
 from .launch import architecture, bucket, config, dot, launch, problem
 from .low_rank_tiles import rank_key
 from .parts import sum_parts
@@ -33,23 +33,29 @@ from .parts import sum_parts
 
 
 @triton.jit
-def _load_kept(x, row, start, m, k, stride, seed, threshold, DROP: tl.constexpr, QUADS: tl.constexpr, K: tl.constexpr):
+def _load_kept(x, row, start, m, k, stride, seed, threshold, DROP: tl.constexpr, K: tl.constexpr):
     """A tile of x [m, k] from column `start`, 0 where it is dropped, NaN or not."""
     column = start + tl.arange(0, K)
     inside = (row < m)[:, None] & (column < k)[None, :]
     tile = tl.load(x + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
-    if DROP:
-        tile = tl.where(survivors(seed, row, start, k, threshold, QUADS, K), tile, 0.0)
+    if DROP > 0:
+        tile = tl.where(survivors(seed, row, start, k, threshold, DROP, K), tile, 0.0)
     return tile
 
 
 @triton.jit
-def _gate(owner, adapter, scale, row, factor, m, rank):
-    """The scale of each factor where it is of the row's adapter, 0 elsewhere."""
+def _serves(owner, adapter, row, factor, m, rank):
+    """[rows, factors]: whether the factor is of the row's adapter."""
     of_row = tl.load(owner + row, mask=row < m, other=-1)
     of_factor = tl.load(adapter + factor, mask=factor < rank, other=-2)
-    gain = tl.load(scale + factor, mask=factor < rank, other=0.0)
-    return tl.where(of_row[:, None] == of_factor[None, :], gain[None, :], 0.0)
+    return of_row[:, None] == of_factor[None, :]
+
+
+@triton.jit
+def _gated(s, owner, adapter, gains, row, factor, m, rank):
+    """s [rows, factors] times the gain of each factor where it is of the row's adapter; 0 elsewhere, NaN or not."""
+    gain = tl.load(gains + factor, mask=factor < rank, other=0.0)
+    return tl.where(_serves(owner, adapter, row, factor, m, rank), s * gain[None, :], 0.0)
 
 
 @triton.jit
@@ -76,7 +82,6 @@ def _project_kernel(
     scale,
     blocks_per_split,
     DROP: tl.constexpr,
-    QUADS: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -86,13 +91,16 @@ def _project_kernel(
     factor = tl.program_id(2).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     first = tl.program_id(1) * blocks_per_split
-    for block in range(first, tl.minimum(first + blocks_per_split, tl.cdiv(k, BLOCK_K))):
+    last = tl.minimum(first + blocks_per_split, tl.cdiv(k, BLOCK_K))
+    if GATED:  # x is not read for factors that serve none of these rows
+        last = tl.where(tl.max(_serves(owner, adapter, row, factor, m, rank).to(tl.int32)) > 0, last, first)
+    for block in range(first, last):
         start = block * BLOCK_K  # so that its alignment is known
-        tile = _load_kept(x, row, start, m, k, stride, seed, threshold, DROP, QUADS, BLOCK_K)
+        tile = _load_kept(x, row, start, m, k, stride, seed, threshold, DROP, BLOCK_K)
         right = load_rows(a, factor, start + tl.arange(0, BLOCK_K), rank, k).to(tile.dtype)
         acc = dot(tile, tl.trans(right), acc)
     if GATED:
-        acc *= _gate(owner, adapter, gains, row, factor, m, rank)
+        acc = _gated(acc, owner, adapter, gains, row, factor, m, rank)
     place = out + (tl.program_id(1).to(tl.int64) * m + row)[:, None] * rank + factor[None, :]
     tl.store(place, (acc * scale).to(out.dtype.element_ty), mask=(row < m)[:, None] & (factor < rank)[None, :])
 
@@ -133,7 +141,7 @@ def _dy_kernel(
         if NEED_DS:
             ds = dot(tile, right, tl.zeros((BLOCK_M, BLOCK_R), tl.float32)) * scaling
             if GATED:
-                ds *= _gate(owner, adapter, gains, row, factor, m, rank)
+                ds = _gated(ds, owner, adapter, gains, row, factor, m, rank)
             place = ds_parts + (chunk * m + row)[:, None] * rank + factor[None, :]
             tl.store(place, ds, mask=(row < m)[:, None] & (factor < rank)[None, :])
         if NEED_DB:
@@ -157,7 +165,6 @@ def _da_kernel(
     scale,
     blocks_per_split,
     DROP: tl.constexpr,
-    QUADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -168,7 +175,7 @@ def _da_kernel(
     first = tl.program_id(1) * blocks_per_split
     for block in range(first, tl.minimum(first + blocks_per_split, tl.cdiv(m, BLOCK_M))):
         row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-        tile = _load_kept(x, row, start_k, m, k, stride, seed, threshold, DROP, QUADS, BLOCK_K)
+        tile = _load_kept(x, row, start_k, m, k, stride, seed, threshold, DROP, BLOCK_K)
         acc = dot(tl.trans(load_rows(ds, row, factor, m, rank)), tile, acc)
     column = start_k + tl.arange(0, BLOCK_K)
     place = parts + (tl.program_id(1).to(tl.int64) * rank + factor)[:, None] * k + column[None, :]
@@ -190,7 +197,6 @@ def _add_kernel(
     threshold,
     RANK: tl.constexpr,
     DROP: tl.constexpr,
-    QUADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -198,7 +204,7 @@ def _add_kernel(
     start = tl.program_id(1) * BLOCK_N
     column = start + tl.arange(0, BLOCK_N)
     lora = (lora_s, lora_b, lora_seed, rank, stride_feature, stride_factor, scaling, threshold)
-    total = branch(lora, tl.minimum(row, m - 1), start, n, out.dtype.element_ty, RANK, DROP, QUADS, False, BLOCK_N)
+    total = branch(lora, tl.minimum(row, m - 1), start, n, out.dtype.element_ty, RANK, DROP, False, BLOCK_N)
     place = out + row[:, None] * n + column[None, :]
     inside = (row < m)[:, None] & (column < n)[None, :]
     total += tl.load(place, mask=inside, other=0.0).to(tl.float32)
@@ -221,11 +227,11 @@ class Gate(NamedTuple):
     scale: Tensor
 
 
-def _dropout(seed: Tensor | None, p: float, columns: int, stand_in: Tensor) -> tuple[Tensor, int, float, dict]:
-    """seed, threshold, scale and constexprs of a kernel that may drop."""
-    drop = seed is not None
-    threshold, scale = dropout_constants(p) if drop else (0, 1.0)
-    return seed if drop else stand_in, threshold, scale, {"DROP": drop, "QUADS": columns % 4 == 0}
+def _dropout(seed: Tensor | None, p: float, columns: int, stand_in: Tensor) -> tuple[Tensor, int, float, int]:
+    """seed, threshold, scale and DROP of a kernel that may drop."""
+    if seed is None:
+        return stand_in, 0, 1.0, 0
+    return seed, *dropout_constants(p), sharing(columns)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -251,12 +257,12 @@ def project(x: Tensor, a: Tensor, seed: Tensor | None, p: float, gate: Gate | No
     """
     (m, k), rank, r, x = x.shape, a.shape[0], rank_key(a.shape[0]), _rows(x)
     seed, threshold, scale, drop = _dropout(seed, p, k, x)
-    tile = config("lora_project", x.device, m=bucket(m), k=k, r=r, dtype=x.dtype, drop=drop["DROP"])
+    tile = config("lora_project", x.device, m=bucket(m), k=k, r=r, dtype=x.dtype, drop=drop)
     blocks, parts_of_rank = triton.cdiv(m, tile["BLOCK_M"]), triton.cdiv(rank, tile["BLOCK_R"])
     splits, per_split = _splits(triton.cdiv(k, tile["BLOCK_K"]), blocks * parts_of_rank, x.device)
     out = torch.empty((splits, m, rank), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     arguments = (x, a, out, seed, *(gate or (x,) * 3), m, k, rank, x.stride(0), threshold, scale, per_split)
-    constants = {"GATED": gate is not None, **drop, **tile}
+    constants = {"GATED": gate is not None, "DROP": drop, **tile}
     launch(_project_kernel, (blocks, splits, parts_of_rank), *arguments, fp_fusion=True, **constants)
     return out[0] if splits == 1 else sum_parts(out, x.dtype)
 
@@ -291,21 +297,21 @@ def gradient_a(x: Tensor, ds: Tensor, seed: Tensor | None, p: float, dtype: torc
     """
     (m, k), rank, r, x = x.shape, ds.shape[1], rank_key(ds.shape[1]), _rows(x)
     seed, threshold, scale, drop = _dropout(seed, p, k, x)
-    tile = config("lora_da", x.device, m=bucket(m), k=k, r=r, dtype=x.dtype, drop=drop["DROP"])
+    tile = config("lora_da", x.device, m=bucket(m), k=k, r=r, dtype=x.dtype, drop=drop)
     chunks, parts_of_rank = triton.cdiv(k, tile["BLOCK_K"]), triton.cdiv(rank, tile["BLOCK_R"])
     splits, per_split = _splits(triton.cdiv(m, tile["BLOCK_M"]), chunks * parts_of_rank, x.device)
     parts = torch.empty((splits, rank, k), dtype=torch.float32, device=x.device)
     arguments = (x, ds, parts, seed, m, k, rank, x.stride(0), threshold, scale, per_split)
-    launch(_da_kernel, (chunks, splits, parts_of_rank), *arguments, fp_fusion=True, **drop, **tile)
+    launch(_da_kernel, (chunks, splits, parts_of_rank), *arguments, fp_fusion=True, DROP=drop, **tile)
     return sum_parts(parts, dtype)
 
 
 def add_branch_(out: Tensor, lora: Lora) -> Tensor:
     """Adds a branch to `out`, [m, n], contiguous, in place, rounded once more; returns out."""
-    (m, n), rank, drop = out.shape, lora.s.shape[1], lora.seed is not None
-    tile = config("lora_add", out.device, m=bucket(m), n=n, r=rank_key(rank), dtype=out.dtype, drop=drop)
+    (m, n), r, arguments = out.shape, rank_key(lora.s.shape[1]), branch_arguments(lora, out)
+    tile = config("lora_add", out.device, m=bucket(m), n=n, r=r, dtype=out.dtype, drop=arguments["DROP"])
     grid = (triton.cdiv(m, tile["BLOCK_M"]), triton.cdiv(n, tile["BLOCK_N"]))
-    launch(_add_kernel, grid, out, m, n, fp_fusion=True, **branch_arguments(lora, out), QUADS=n % 4 == 0, **tile)
+    launch(_add_kernel, grid, out, m, n, fp_fusion=True, **arguments, **tile)
     return out
 
 

@@ -29,19 +29,23 @@ def branch_factors(arch: Architecture, rank: int, dtype: torch.dtype) -> int:
     return min(rank_key(rank), 16 if multiplies_slowly(arch, dtype) else 32)
 
 
+def _roomy(arch: Architecture) -> bool:
+    return arch.shared_memory > 160 << 10
+
+
 def _stages(arch: Architecture, bytes_per_stage: int) -> int:
     """A pipeline that leaves room for a second program on the same multiprocessor."""
     return max(2, min(4, 1 + arch.shared_memory // (2 * bytes_per_stage)))
 
 
 @default_config("lora_project")
-def _(arch: Architecture, *, m: int, k: int, r: int, dtype: torch.dtype, drop: bool) -> dict:
+def _(arch: Architecture, *, m: int, k: int, r: int, dtype: torch.dtype, drop: int) -> dict:
     if arch.interpreted:
         return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": min(r, 32)}
     if multiplies_slowly(arch, dtype):
         return {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_R": min(r, 32), "num_warps": 4, "num_stages": 3}
     rows, r = min(max(m, 16), 32 if drop or r > 32 else 64), min(r, 64 if arch.kind == "hip" else 128)
-    columns = 128 if r <= 32 else 64
+    columns = 32 if drop == 1 else 128 if r <= (32 if _roomy(arch) and not drop else 16) else 64
     stages = _stages(arch, dtype.itemsize * columns * (rows + 2 * r))
     warps = 4 if r <= 64 else 8
     return {"BLOCK_M": rows, "BLOCK_K": columns, "BLOCK_R": r, "num_warps": warps, "num_stages": stages}
@@ -55,32 +59,32 @@ def _(arch: Architecture, *, m: int, n: int, r: int, dtype: torch.dtype) -> dict
         return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": min(r, 32), "num_warps": 4, "num_stages": 3}
     # ds is written once for each block of columns: wide ones keep that small beside dy itself.
     rows, r = 64 if r <= 16 else 32, min(r, 64 if arch.kind == "hip" else 128)
-    columns = {16: 256, 32: 256, 64: 128, 128: 64}[r]
+    columns = {16: 256, 32: 256 if _roomy(arch) else 128, 64: 128, 128: 64}[r]
     warps = 4 if arch.kind == "hip" else 8
     stages = _stages(arch, dtype.itemsize * rows * (columns + r))
     return {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_R": r, "num_warps": warps, "num_stages": stages}
 
 
 @default_config("lora_da")
-def _(arch: Architecture, *, m: int, k: int, r: int, dtype: torch.dtype, drop: bool) -> dict:
+def _(arch: Architecture, *, m: int, k: int, r: int, dtype: torch.dtype, drop: int) -> dict:
     if arch.interpreted:
         return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": min(r, 32)}
     if multiplies_slowly(arch, dtype):
         return {"BLOCK_M": 16, "BLOCK_K": 64, "BLOCK_R": min(r, 32), "num_warps": 4, "num_stages": 3}
     rows, r = 32 if drop or r > 64 else 64, min(r, 64 if arch.kind == "hip" else 128)
-    columns = 128 if r <= 64 else 64
+    columns = 32 if drop == 1 else 128 if r <= 64 else 64
     stages = _stages(arch, dtype.itemsize * rows * (columns + r))
     return {"BLOCK_M": rows, "BLOCK_K": columns, "BLOCK_R": r, "num_warps": 4, "num_stages": stages}
 
 
 @default_config("lora_add")
-def _(arch: Architecture, *, m: int, n: int, r: int, dtype: torch.dtype, drop: bool) -> dict:
+def _(arch: Architecture, *, m: int, n: int, r: int, dtype: torch.dtype, drop: int) -> dict:
     if arch.interpreted:
         return {"BLOCK_M": 32, "BLOCK_N": 64}
     if multiplies_slowly(arch, dtype):
         return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
     rows = min(max(m, 16), 32 if drop else 64)
-    return {"BLOCK_M": rows, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": rows, "BLOCK_N": 64 if drop == 1 else 128, "num_warps": 4, "num_stages": 2}
 
 
 @default_config("lora_merge")

@@ -243,3 +243,27 @@ def test_the_same_bits_on_every_run():
     _, s = lora.lora_linear_4bit(x, *weight, None, *branch, True)
     first, second = (lora.lora_linear_4bit_backward(dy, x, s, *weight, *branch, [True] * 3) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_what_adapters_do_not_serve_stays_out_of_their_factors():
+    """Rows in blocks of one adapter each, so that programs skip the others; one that is NaN is nobody else's matter."""
+    x, a = torch.randn(96, 64), torch.randn(120, 64)
+    x[40, 3] = float("nan")
+    owner, adapter = torch.arange(96).int() // 32 - 1, torch.arange(120).int() // 60
+    s = low_rank.project(x, a, None, 0.0, low_rank.Gate(owner, adapter, torch.full((120,), 0.5)))
+    mine = owner[:, None] == adapter[None, :]
+    assert s[40, :60].isnan().all() and not s[~mine].any()
+    rest = mine & (torch.arange(96) != 40)[:, None]
+    torch.testing.assert_close(s[rest], (0.5 * x @ a.t())[rest])
+
+
+@pytest.mark.parametrize("suffix", ["4bit", "int8"])
+def test_gradients_of_float32_factors_are_float32_sums(suffix):
+    (_, weight), (a, b) = base("int8" if suffix == "int8" else "nf4", 64, 128), factors(64, 128, 8)
+    x, dy, s = (torch.randn(40, size).half() for size in (128, 64, 8))
+    _, da, db = getattr(lora, f"lora_linear_{suffix}_backward")(dy, x, s, *weight, a, b, 2.0, None, 0.0, [True] * 3)
+    assert da.dtype == db.dtype == torch.float32
+    ds = (2 * dy.double() @ b.half().double()).half()
+    assert_near(db, 2 * dy.double().t() @ s.double(), torch.float32)
+    close = (da.double() - ds.double().t() @ x.double()).norm() / da.double().norm()
+    assert close < 1e-4  # a few of ds are rounded the other way
