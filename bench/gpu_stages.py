@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -310,6 +311,13 @@ def _bench_result(pattern: str) -> Callable[[Options, str, int], str]:
     return result
 
 
+def _model_result(options: Options, output: str, code: int) -> str:
+    """Models are transformers', adapted by PEFT: without those there are none."""
+    if code and (missing := re.search(r"No module named '(transformers|peft|accelerate)'", last_line(output))):
+        raise Unavailable(f"{missing[1]} is not installed")
+    return _bench_result("model-*.json")(options, output, code)
+
+
 STAGES: tuple[Stage, ...] = (
     Stage("wheels", 0.12, _wheels, _wheels_result, lambda options: [options.site]),
     Stage("environment", 0.15, _environment, vital=True),
@@ -319,5 +327,5 @@ STAGES: tuple[Stage, ...] = (
     Stage("tests", 0.35, _tests, _tests_result),
     Stage("ops", 0.35, _ops, _bench_result("ops.json")),
     Stage("sanitizer", 0.25, _sanitizer, _sanitizer_result),
-    Stage("model", 1.0, _model, _bench_result("model-*.json")),
+    Stage("model", 1.0, _model, _model_result),
 )

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from bench.machine import slug
 from bench.model_split import GROUPS
+from bench.plots import new_figure
 from bench.records import Record
 from bench.report import about
 from bench.report import table as markdown
@@ -121,8 +119,7 @@ def section(record: Record, folder: Path) -> str:
 
 def plot(record: Record, path: Path) -> None:
     """Tokens a second and peak memory against the length of the sequence, and the split of the longest step."""
-    figure = Figure(figsize=(14, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(14, 4.5)
     speed, memory, split = figure.subplots(1, 3)
     rows = [row for row in _cells(record, "train") if row["status"] == "ok"]
     for i, peer in enumerate(dict.fromkeys(row["peer"] for row in rows)):

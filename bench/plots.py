@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from bench.inputs import dimensions
 from bench.peers import CONTESTANTS, OURS
 from bench.records import Record
 from qlora.files import replaced
+
+if TYPE_CHECKING:  # a machine that only measures needs no matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # What is drawn, its label, its scale, and the factor from the record's unit.
 MEASURES = (
@@ -24,9 +25,18 @@ _MARKERS = "osv^D<>ph*"
 
 
 def _figure(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
-    figure = Figure(figsize=(max(5.0, 4.2 * columns), max(3.6, 2.9 * rows)), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(5.0, 4.2 * columns), max(3.6, 2.9 * rows))
     return figure, figure.subplots(rows, columns, squeeze=False).tolist()
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that is drawn without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -340,6 +340,19 @@ def test_a_dry_run_measures_the_triton_kernels_under_the_interpreter(options):
     assert command.environment["TRITON_INTERPRET"] == "1" and "--quick" in command.arguments
 
 
+def test_models_need_transformers_and_peft(options):
+    result = named("model").result
+    with pytest.raises(Unavailable, match="peft is not installed"):
+        result(options, "Traceback ...\nModuleNotFoundError: No module named 'peft'\n", 1)
+    with pytest.raises(Failed, match="No module named 'bench.no_such'"):
+        result(options, "ModuleNotFoundError: No module named 'bench.no_such'\n", 1)
+
+
+def test_measuring_needs_no_matplotlib():
+    code = "import sys, bench.gpu, bench.run, bench.model; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_models_run_by_the_triton_kernels(options):
     (command,) = named("model").commands(options, 60)
     assert command.environment == {"QUANTLIB_BACKEND": "triton"}
