@@ -1,6 +1,9 @@
 """Every Triton kernel compiled for every GPU: the intended instructions, no spills, shared memory that fits."""
 
+import importlib
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +31,21 @@ def found(request):
 def test_it_compiles_as_expected(case, found):
     variant, target = case
     assert complaints(variant, target, found[variant.name, target].result()) == []
+
+
+def test_every_kernel_that_is_launched_is_compiled():
+    here = {variant.kernel for variant in compiled.variants()}
+    for path in Path(launch.__file__).parent.glob("*.py"):
+        names = re.findall(r"\blaunch\(\s*(\w+),", path.read_text(encoding="utf-8"))
+        module = importlib.import_module(f"quant_triton.{path.stem}") if names else None
+        assert {getattr(module, name) for name in names} <= here, path.name
+
+
+def test_no_kernel_compiles_again_for_another_number_of_rows():
+    for kernel in {variant.kernel for variant in compiled.variants()}:
+        for parameter in kernel.params:
+            if parameter.name in ("m", "M", "R", "count", "blocks_per_split"):
+                assert parameter.do_not_specialize, (kernel.__name__, parameter.name)
 
 
 def test_names_are_unique():

@@ -1,5 +1,7 @@
 """Configurations, buckets and the launch itself."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import triton
@@ -44,6 +46,44 @@ def test_an_empty_grid_launches_nothing():
     out = torch.full((32, 32), -1.0)
     launch.launch(_product, (0, 4), out, out, out, fp_fusion=True, SIZE=32, ACC=tl.float32)
     assert (out == -1).all()
+
+
+class Kernel:
+    """Notes how it is launched."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: self.launches.append((grid, arguments, constants, on_gpu[-1]))
+
+
+on_gpu = [0]
+
+
+class Device:
+    """What `torch.cuda.device` does to the current GPU."""
+
+    def __init__(self, device):
+        self.index = device.index
+
+    def __enter__(self):
+        on_gpu.append(self.index)
+
+    def __exit__(self, *exc):
+        on_gpu.pop()
+
+
+@pytest.mark.parametrize("fp_fusion", [False, True])
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_kernel_runs_on_the_gpu_of_its_first_argument(index, fp_fusion, monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: on_gpu[-1])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    kernel, tensor = Kernel(), SimpleNamespace(device=torch.device("cuda", index))
+    launch.launch(kernel, (2,), tensor, 5, fp_fusion=fp_fusion, SIZE=32)
+    assert kernel.launches == [((2,), (tensor, 5), {"enable_fp_fusion": fp_fusion, "SIZE": 32}, index)]
+    assert on_gpu == [0]
 
 
 @pytest.mark.parametrize(
