@@ -96,6 +96,7 @@ def _default_cuda(device: str) -> Iterator[Case]:
     yield from _layers("linear_int8", ((4096, 4096), (8192, 28672)), (1, 16, 256, 2048, 16384))
     yield from _layers("lora_linear_4bit", ((4096, 4096), (14336, 4096)), (2048, 8192), backward=(True,))
     yield from _layers("lora_linear_int8", ((4096, 4096),), (2048, 8192), backward=(True,))
+    yield from _layers("lora_linear_4bit", ((4096, 4096),), (1, 16, 256), backward=(False,))
     yield from _layers("linear_4bit_experts", ((8, 14336, 4096), (128, 768, 2048)), (16, 256, 4096))
     yield from _layers("lora_linear_4bit_adapters", ((4096, 4096),), (16, 256, 4096))
     yield from _embedding(1, 1024, 16384)
