@@ -24,8 +24,6 @@ def _quantize(name: str, dtype: str, axis: int, length: int, split: bool = False
         lambda arch: {**constants, **launch.default("int8_whole", arch, axis=axis, length=length, norm=norm)},
         {"enable_fp_fusion": False},
         Expect(load=16, store=16 if axis == 1 else 8),
-        # ptxas puts 16 bytes of the longest rows on the stack there, of 64 registers for 1024 threads.
-        tuple(t for t in launch.ARCHITECTURES if not (split and length > 16384 and t in ("sm_100", "sm_120"))),
     )
 
 
@@ -184,7 +182,11 @@ def _dx(m: int, dtype: str = "bf16", n: int = 4096, k: int = 4096, rank: int = 0
 VARIANTS = [
     *(_quantize(f"row of {length}", "bf16", 1, length) for length in (512, 4096, 32768)),
     *(_quantize(f"row of {length} with outliers", "bf16", 1, length, split=True) for length in (4096, 32768)),
-    _quantize("row of 4096 after RMSNorm", "bf16", 1, 4096, split=True, norm=True),
+    *(
+        _quantize(f"row of {length} after RMSNorm", "bf16", 1, length, split=True, norm=True)
+        for length in (4096, 16384)
+    ),
+    _quantize("row of 16384 after RMSNorm", "fp32", 1, 16384, split=True, norm=True),
     _quantize("row of 32768", "fp32", 1, 32768, split=True),
     _quantize("column of 512", "bf16", 0, 512),
     _absmax("row with outliers", True, False, True, _WIDE),
@@ -194,17 +196,17 @@ VARIANTS = [
     _CLEAR,
     *(
         _few_rows(m, split, n=n)
-        for m, split, n in ((1, False, 4096), (1, True, 4096), (1, True, 1024), (2, True, 4096))
+        for m, split, n in ((1, False, 4096), (1, True, 4096), (1, True, 1024), (1, True, 14336), (2, True, 4096))
     ),
     *(_product(m, split) for m in (16, 2048) for split in (False, True)),
     *(_product(m, True) for m in (64, 128, 256)),
-    _product(2048, True, "fp32"),
+    *(_product(m, True, "fp32") for m in (32, 2048)),
     _few_rows(2, True, rank=64),
     *(_product(m, True, rank=64) for m in (16, 256, 2048)),
     *(_product(m, True, rank=16) for m in (64, 2048)),
     _product(2048, True, "fp32", rank=64),
     *(_dx(m) for m in (16, 64, 512)),
-    _dx(512, "fp32"),
+    *(_dx(m, "fp32") for m in (64, 512)),
     *(_dx(m, rank=rank, drop=drop) for m, rank, drop in ((16, 16, True), (512, 64, False), (512, 64, True))),
     _dx(512, "fp32", rank=16, drop=True),
     *(_dropout(dtype, size) for dtype, size in (("fp32", 4), ("bf16", 2))),

@@ -94,7 +94,7 @@ def _(arch, *, m, n, k, dtype):
         blocks["BLOCK_M"] = min(blocks["BLOCK_M"], 32)
     elif m > 64 and not plain:
         blocks = {"BLOCK_M": 128, "BLOCK_N": 32 if mma_sync else 64, "BLOCK_K": 128}
-    warps = 8 if m > 64 and arch.capability != 75 else 4
+    warps = 8 if m > (32 if plain else 64) and arch.capability != 75 else 4
     return {**blocks, "num_warps": warps, "num_stages": 2 if arch.shared_memory <= 64 * 1024 else 4}
 
 
@@ -180,7 +180,8 @@ def linear_int8(
         y.copy_(torch.zeros_like(y) if bias is None else bias)
     else:
         multiply = few_rows if m <= FEW_ROWS else many_rows
-        multiply(*_aligned(rows, values), absmax, bias, threshold, lora, y)
+        bias = None if bias is None else bias.contiguous()
+        multiply(*_aligned(rows, values), absmax.contiguous(), bias, threshold, lora, y)
     return y.view(*x.shape[:-1], n)
 
 
@@ -206,7 +207,7 @@ def linear_int8_dx(dy: Tensor, values: Tensor, absmax: Tensor, *, lora: Lora | N
     dx = torch.empty((m, k), dtype=dy.dtype, device=dy.device)
     tile = config("linear_int8_dx", dy.device, m=bucket(m), n=n, k=k, dtype=dy.dtype)
     grid = (triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(k, tile["BLOCK_K"]),)
-    arguments = (rows, values.contiguous(), absmax, dx, m, n, k, rows.stride(0))
+    arguments = (rows, values.contiguous(), absmax.contiguous(), dx, m, n, k, rows.stride(0))
     constants = {**branch_arguments(lora, dy), **tile}
     launch(dx_kernel, grid, *arguments, fp_fusion=False, **constants)
     return dx.view(shape)

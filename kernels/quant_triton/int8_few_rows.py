@@ -134,7 +134,7 @@ def few_rows_kernel(
 def _(arch, *, m, n, k):
     if arch.interpreted:
         return {"BLOCK_N": 8, "VECTORS": 16, "DP4A": False, "num_warps": 1, "num_stages": 1}
-    block_n = 16 if m == 1 and n >= 24 * arch.multiprocessors else 8
+    block_n = 16 if m == 1 and n >= 24 * arch.multiprocessors and arch.kind == "cuda" else 8
     vectors = max(min(triton.next_power_of_2(k // 16), 4 * arch.warp), arch.warp)
     return _few_rows_config(arch, block_n, vectors)
 

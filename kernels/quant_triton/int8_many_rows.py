@@ -175,16 +175,16 @@ def _tile_config(arch, m, n, k, block_m, block_n, block_k, warps):
 @default_config("linear_int8")
 def _(arch, *, m, n, k, dtype):
     hopper = arch.kind == "cuda" and arch.capability >= 90
-    small = arch.shared_memory <= 64 * 1024
+    small, plain = arch.shared_memory <= 64 * 1024, dtype == torch.float32  # outliers by ordinary instructions
     if arch.interpreted:
         tile = (16 if m <= 16 else 64, 32, 64, 1)
     elif arch.capability == 75:
         tile = (16 if m <= 16 else 32, 32, 32, 8)
-    elif dtype == torch.float32 and arch.rounds_float32:
+    elif plain and arch.rounds_float32:
         tile = (16 if m <= 16 else 32, 32, 128, 4)
-    elif m <= 64:
-        tile = (max(m, 16), 64, 64 if small else 128, 4)
-    elif dtype == torch.float32:
+    elif m <= (32 if plain else 64):
+        tile = (max(m, 16), 64, 64 if small else 128, 8 if plain and m > 16 else 4)
+    elif plain:
         tile = (64, 64, 64, 8)
     elif m <= 128 or small:
         tile = (128, 64, 64 if small else 128, 8)

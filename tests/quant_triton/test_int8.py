@@ -1,10 +1,13 @@
 """LLM.int8(): the integers of the reference, one rounding, in every branch of the kernels."""
 
+import inspect
+from collections import defaultdict
+
 import pytest
 import torch
 
 from quant_triton import absmax as absmax_kernels
-from quant_triton import int8
+from quant_triton import int8, int8_few_rows, int8_many_rows
 from quant_triton.branch import Lora
 from quant_triton.int8 import LEAST_SCALING, linear_int8, linear_int8_dx
 from quant_triton.launch import forced
@@ -165,6 +168,15 @@ def test_any_strides_and_dimensions(m):
     )
 
 
+@pytest.mark.parametrize("m", [2, 7])
+def test_any_strides_of_scales_and_bias(m):
+    values, absmax = int8_weight(12, 66)
+    x, dy, bias = torch.randn(m, 66), torch.randn(m, 12), torch.randn(12)
+    spread = [torch.stack((t, t + 1), 1)[:, 0] for t in (absmax, bias)]
+    assert torch.equal(linear_int8(x, values, *spread, 6.0), linear_int8(x, values, absmax, bias, 6.0))
+    assert torch.equal(linear_int8_dx(dy, values, spread[0]), linear_int8_dx(dy, values, absmax))
+
+
 @pytest.mark.parametrize("lead, n, k", [((0,), 4, 8), ((3,), 0, 8), ((3,), 4, 0), ((2, 0), 4, 8)])
 def test_nothing(lead, n, k):
     values, absmax = torch.zeros(n, k, dtype=torch.int8), torch.ones(n)
@@ -216,3 +228,35 @@ def test_what_does_not_fit_is_named(call, x, absmax):
 def test_sums_that_could_overflow_are_refused():
     with pytest.raises(ValueError, match="exact up to 133144"):
         linear_int8(torch.zeros(1, 133145), torch.zeros(1, 133145, dtype=torch.int8), torch.ones(1), None, 0.0)
+
+
+def compiled_for(kernel, arguments, constants):
+    """What of a launch makes Triton compile: constants, types, and what is known of integers."""
+    unspecialized, known = kernel.kwargs["do_not_specialize"] or (), {}
+    for name, value in (*zip(kernel.arg_names, arguments, strict=False), *constants.items()):
+        parameter = inspect.signature(kernel.fn).parameters.get(name)
+        if isinstance(value, torch.Tensor):
+            known[name] = value.dtype
+        elif parameter is None or parameter.annotation in ("tl.constexpr", int8.tl.constexpr) or value is None:
+            known[name] = value
+        elif isinstance(value, int) and name not in unspecialized:
+            known[name] = "one" if value == 1 else value % 16 == 0
+    return tuple(sorted(known.items(), key=lambda item: item[0]))
+
+
+def test_no_number_of_rows_compiles_again(monkeypatch):
+    seen = defaultdict(set)
+
+    def record(kernel, grid, *arguments, fp_fusion, **constants):
+        seen[kernel.__name__].add(compiled_for(kernel, arguments, constants))
+
+    for module in (absmax_kernels, int8, int8_few_rows, int8_many_rows):
+        monkeypatch.setattr(module, "launch", record)
+    (values, absmax), rank = int8_weight(48, 64), 5
+    for m in (33, 48, 50, 63, 64):
+        x, dy = torch.randn(m, 64), torch.randn(m, 48)
+        absmax_kernels.quantize_int8(x, -1, None, 6.0)
+        linear_int8(x, values, absmax, None, 6.0, lora=branch_of(m, 48, rank, x.dtype))
+        linear_int8_dx(dy, values, absmax, lora=branch_of(m, 64, rank, x.dtype, 1.0, 0.3))
+    assert set(seen) == {"quantize_kernel", "clear_kernel", "product_kernel", "dx_kernel"}
+    assert {name: keys for name, keys in seen.items() if len(keys) > 1} == {}
