@@ -8,10 +8,12 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -75,7 +77,7 @@ def check(case: Case, built: Built, weights: SimpleNamespace, rows: SimpleNamesp
 
 
 def measure(
-    case: Case, built: Built, weights: Sequence[SimpleNamespace], args: argparse.Namespace, limit: dict
+    case: Case, weights: Sequence[SimpleNamespace], built: Built, args: argparse.Namespace, limit: dict
 ) -> list:
     """The record's entries of one case, ours first."""
     device, op = torch.device(args.device), OPS[case.op]
@@ -90,15 +92,12 @@ def measure(
         small = case.m is None or case.m <= GRAPH_ROWS
         graph = [name for name in right if small and built[name][0].graph]
         times = timing.measure(calls, device=device, seconds=args.seconds, min_rounds=args.min_rounds, graph=graph)
-    cost = op.cost(case)
-    least = limits.floor(case, cost, limit, machine.cache_size(device))
+    least = limits.floor(case, op.cost(case), limit, machine.cache_size(device))
     entries = []
     for peer in peers.CONTESTANTS[case.op]:
         if peer.name not in found:
             continue
-        entry = {**case.fields(), "device": device.type, "layer": suites.layer_name(case.shape), "peer": peer.name}
-        entry |= {"version": peers.package_version(peer), **found[peer.name]}
-        entry |= {"read": cost.read, "written": cost.written, "operations": dict(cost.operations)}
+        entry = _entry(case, device, peer, found[peer.name])
         if peer.name in times:
             timed = times[peer.name]
             entry |= asdict(timed) | {"limit": least / (timed.graph or timed.median)}
@@ -108,6 +107,21 @@ def measure(
                     entry["graph_ratio"] = timed.graph / times[OURS].graph
         entries.append(entry)
     return entries
+
+
+def _entry(case: Case, device: torch.device, peer: Contestant, found: dict) -> dict:
+    """What an entry of the record holds whether it has times or not."""
+    cost = OPS[case.op].cost(case)
+    entry = {**case.fields(), "device": device.type, "layer": suites.layer_name(case.shape), "peer": peer.name}
+    entry |= {"version": peers.package_version(peer), **found}
+    return entry | {"read": cost.read, "written": cost.written, "operations": dict(cost.operations)}
+
+
+def _too_large(case: Case, args: argparse.Namespace) -> list[dict]:
+    """The entries of a case that needs more memory than the GPU has, for nobody's fault."""
+    found = {"status": "unavailable", "reason": "the case does not fit into the GPU's memory", "error": None}
+    device = torch.device(args.device)
+    return [_entry(case, device, peer, found) for peer in _contestants(case.op, args.peers)]
 
 
 def _bound(entry: Entry, rows: SimpleNamespace) -> timing.Call:
@@ -154,12 +168,22 @@ def measure_all(
     for group, together in groupby(selected, key=lambda case: case.group):
         members = list(together)
         begin(members[0])
-        weights, built = prepare(group, args)
+        prepared = _fitting(prepare, group, args)
         for case in members:
             begin(case)
-            yield case, measure(case, built, weights, args, limit)
-        del weights, built
+            entries = prepared and _fitting(measure, case, *prepared, args, limit)
+            yield case, entries or _too_large(case, args)
+        del prepared
         gc.collect()
+
+
+def _fitting(function: Callable, *arguments: object) -> Any:
+    """What a function returns, None if it needs more memory than the GPU has."""
+    with suppress(torch.OutOfMemoryError):
+        return function(*arguments)
+    gc.collect()  # what the exception's traceback kept
+    torch.cuda.empty_cache()
+    return None
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

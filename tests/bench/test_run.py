@@ -73,6 +73,24 @@ def test_a_case_that_ended_the_process_is_left_out_the_next_time(tmp_path, conte
     assert "running" not in record and {e["op"] for e in record["results"]} == {"dequantize_int8"}
 
 
+@pytest.mark.parametrize("what", ["prepare", "measure"])
+def test_what_does_not_fit_into_memory_is_left_out(tmp_path, monkeypatch, what):
+    function = getattr(run, what)
+
+    def tight(case, *rest):
+        if case.op == "linear_int8":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return function(case, *rest)
+
+    monkeypatch.setattr(run, what, tight)
+    assert bench("--ops", "quantize_int8,linear_int8", "--out", tmp_path) == 0
+    results = records.read(tmp_path / "ops.json")["results"]
+    large = [e for e in results if e["op"] == "linear_int8"]
+    assert {e["reason"] for e in large} == {"the case does not fit into the GPU's memory"}
+    assert len({records.case_key(e) for e in large}) == 4 and {e["peer"] for e in large} >= {"quantlib", "torch"}
+    assert any(e["status"] == "ok" for e in results if e["op"] == "quantize_int8")
+
+
 def test_only_some_rows_and_peers(tmp_path):
     assert bench("--ops", "linear_4bit", "--rows", "5", "--peers", "int4", "--out", tmp_path) == 0
     results = records.read(tmp_path / "ops.json")["results"]
