@@ -69,6 +69,11 @@ class Architecture:
         return 64 if self.kind == "hip" else 32
 
     @property
+    def warpgroups(self) -> bool:
+        """Whether four warps multiply together, 64 rows at once (wgmma, tcgen05)."""
+        return self.kind == "cuda" and 90 <= self.capability < 120
+
+    @property
     def rounds_float32(self) -> bool:
         """Whether Triton (3.7) rounds float32 to TF32 in a product of 64 rows or more, whatever it is asked for."""
         return self.kind == "cuda" and 100 <= self.capability < 120

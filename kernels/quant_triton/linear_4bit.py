@@ -73,13 +73,12 @@ def _(arch: Architecture, *, m: int, n: int, k: int, chunk: int, dtype: torch.dt
         tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "WARPS_K": warps, "UNROLL": 1, "SPLIT": split}
         return tiles | {"SCALED": 0, "K_WIDTH": 4, "num_warps": warps, "num_stages": 4 if roomy else 2}
     # wgmma and tcgen05 hold the sums outside of, or in more, registers than mma does.
-    in_place = arch.kind == "cuda" and 90 <= arch.capability < 120
-    block_m, block_n = min(m, 128 if in_place else 64), 128 if arch.kind == "cuda" else 64
+    block_m, block_n = min(m, 128 if arch.warpgroups else 64), 128 if arch.kind == "cuda" else 64
     scaled = (128 if roomy else 64) if block_m >= 64 else 0
     split = splits(triton.cdiv(m, block_m) * triton.cdiv(n, block_n), k // 128, arch)
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "WARPS_K": 1, "UNROLL": 1 if scaled else 2, "SPLIT": split}
     pipeline = {"num_warps": block_n // 16, "num_stages": 3 if arch.kind == "cuda" else 2}
-    if scaled and arch.kind == "cuda" and not in_place:
+    if scaled and arch.kind == "cuda" and not arch.warpgroups:
         pipeline["maxnreg"] = 168  # or the assembler spills a few bytes to make it 128
     return tiles | pipeline | {"SCALED": scaled, "K_WIDTH": 2 if arch.capability == 90 else 4}
 

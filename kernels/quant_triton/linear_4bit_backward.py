@@ -134,8 +134,8 @@ def _(arch: Architecture, *, m: int, n: int, k: int, chunk: int, dtype: torch.dt
     if arch.interpreted:
         tiles = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "SPLIT": 2 if n > 128 else 1}
         return tiles | {"num_warps": 4, "num_stages": 1}
-    if m > most_fused_rows(arch, dtype) or (arch.capability == 100 and dtype == torch.float32):
-        return {}  # decoded first; on sm_100 Triton 3.7 would round float32 to TF32
+    if m > most_fused_rows(arch, dtype) or (arch.rounds_float32 and dtype == torch.float32):
+        return {}  # decoded first
     if arch.capability < 80:
         tiles = {"BLOCK_M": m, "BLOCK_N": 32, "BLOCK_K": 128, "SPLIT": splits(triton.cdiv(k, 128), n // 32, arch)}
         return tiles | {"num_warps": 4, "num_stages": 2}
