@@ -21,6 +21,8 @@ from torch import Tensor
 
 from .launch import architecture
 
+Weight = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, str, int]  # as every op takes it
+
 NESTED_BLOCK_SIZE = tl.constexpr(256)
 
 # This package stands alone, so it has its own copy of the two tables; a test holds them against quantlib's.
@@ -74,22 +76,30 @@ def check_format(op: str, quant_type: str) -> None:
         raise ValueError(f"quant_triton.{op}: quant_type {quant_type!r}; allowed: {', '.join(CODEBOOKS)}")
 
 
-def check_weight(
-    op: str, nested_absmax: Tensor | None, nested_codebook: Tensor | None, offset: Tensor | None, quant_type: str
-) -> bool:
-    """Whether the weight is double quantized.
+def checked_weight(
+    op: str,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_codebook: Tensor | None,
+    offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+) -> Weight:
+    """The weight as every op takes it, its parts contiguous; nested parts are there if it is double quantized.
 
     Raises:
         ValueError: unknown quant_type, or nested arguments of which only some are given.
     """
-    double_quant = nested_absmax is not None
-    if any((part is not None) != double_quant for part in (nested_codebook, offset)):
+    nested = (nested_absmax, nested_codebook, offset)
+    if any((part is None) != (nested_absmax is None) for part in nested):
         raise ValueError(
             f"quant_triton.{op}: nested_absmax, nested_codebook and offset belong together: "
             "give all three (double quantization) or none"
         )
     check_format(op, quant_type)
-    return double_quant
+    parts = (part if part is None else part.contiguous() for part in (packed, absmax, *nested))
+    return *parts, quant_type, block_size
 
 
 def byte_lookup(quant_type: str, device: torch.device, dtype: torch.dtype) -> str:

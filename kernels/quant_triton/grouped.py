@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from .branch import Lora
-from .codes import check_weight
+from .codes import checked_weight
 from .launch import Config, architecture, bucket, config, default
 from .linear_4bit import chunk_size, fusable, fused, most_fused_rows, rows_of
 from .linear_4bit_backward import fused_dx
@@ -73,10 +73,11 @@ def linear_4bit_grouped(
         ValueError: unknown quant_type, nested arguments of which only some are given, or in_features that is no
             multiple of 64 (32 for blocks of 32).
     """
-    check_weight("linear_4bit_grouped", nested_absmax, nested_codebook, offset, quant_type)
-    weight = (packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size)
+    weight = checked_weight(
+        "linear_4bit_grouped", packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size
+    )
     x = rows_of(x)
-    settings = _settings("linear_4bit", x, packed, block_size, out_features, x.shape[1], ends)
+    settings = _settings("linear_4bit", x, weight[0], block_size, out_features, x.shape[1], ends)
     return fused(x, weight, out_features, bias, settings, lora=lora, ends=ends)
 
 
@@ -104,8 +105,9 @@ def linear_4bit_grouped_dx(
     Raises:
         ValueError: as `linear_4bit_grouped`.
     """
-    check_weight("linear_4bit_grouped_dx", nested_absmax, nested_codebook, offset, quant_type)
-    weight = (packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size)
+    weight = checked_weight(
+        "linear_4bit_grouped_dx", packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size
+    )
     dy = rows_of(dy)
-    settings = _settings("linear_4bit_dx", dy, packed, block_size, dy.shape[1], in_features, ends)
+    settings = _settings("linear_4bit_dx", dy, weight[0], block_size, dy.shape[1], in_features, ends)
     return fused_dx(dy, weight, in_features, settings, lora=lora, ends=ends)

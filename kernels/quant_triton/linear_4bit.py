@@ -29,13 +29,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .branch import Lora, branch_arguments
-from .codes import byte_lookup, check_weight, codebook, scaled_lookup
+from .codes import Weight, byte_lookup, checked_weight, codebook, scaled_lookup
 from .launch import Architecture, Config, bucket, candidates, config, default, default_config, launch, problem
 from .linear_4bit_kernels import linear_4bit_kernel
 from .nf4 import dequantize_4bit, quantize_4bit
 from .parts import sum_parts
-
-Weight = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, str, int]  # as every op takes it
 
 
 def chunk_size(block_size: int) -> int:
@@ -151,7 +149,7 @@ def fused(
         absmax,
         *(absmax if part is None else part for part in nested),  # never followed
         codebook(quant_type, x.device, torch.float32 if scaled else x.dtype),
-        x if bias is None else bias,
+        x if bias is None else bias.contiguous(),
         x if ends is None else ends,
         out,
         m,
@@ -214,8 +212,9 @@ def linear_4bit(
     Raises:
         ValueError: unknown quant_type, or nested arguments of which only some are given.
     """
-    check_weight("linear_4bit", nested_absmax, nested_codebook, offset, quant_type)
-    weight = (packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size)
+    weight = checked_weight(
+        "linear_4bit", packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size
+    )
     rows = rows_of(x)
     shape = (*x.shape[:-1], out_features)
     settings = settings_for(rows, weight, out_features)

@@ -6,6 +6,13 @@ tile of W is turned on its way through shared memory (16-byte stores, transposin
 wgmma takes from registers; the other is a tile of dY^T. Rows of dY are the product's narrow side, so that few of them
 still make a full instruction. Tiles are split along the sum where they are few.
 
+A LoRA branch comes first, while its tile is all that is kept in registers, and the sum goes on from there: one rounding
+and no other pass over dx, with dropout, too.
+
+Compiled for sm_90 with bfloat16 and blocks of 64, a weight takes 7.8 machine instructions of a thread in the loop with
+128 rows and 6.1 with 16. A branch leaves the loop and the registers alone (124 of a thread, two programs of 128 rows a
+multiprocessor); with dropout there are 204, one program. No spills, copies of 16 bytes.
+
 Compiled and interpreted, not yet run on a GPU.
 """
 
@@ -20,9 +27,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .branch import Lora, branch, branch_arguments
-from .codes import block_scales, check_weight, codebook, decode_scaled, scaled_lookup
+from .codes import Weight, block_scales, checked_weight, codebook, decode_scaled, scaled_lookup
 from .launch import Architecture, Config, bucket, candidates, config, default, default_config, dot, launch, problem
-from .linear_4bit import Weight, chunk_size, fusable, most_fused_rows, rows_of, splits
+from .linear_4bit import chunk_size, fusable, most_fused_rows, rows_of, splits
 from .linear_4bit_kernels import tile_of_expert
 from .nf4 import dequantize_4bit, quantize_4bit
 from .parts import sum_parts
@@ -250,8 +257,9 @@ def linear_4bit_dx(
     Raises:
         ValueError: unknown quant_type, or nested arguments of which only some are given.
     """
-    check_weight("linear_4bit_dx", nested_absmax, nested_codebook, offset, quant_type)
-    weight = (packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size)
+    weight = checked_weight(
+        "linear_4bit_dx", packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size
+    )
     rows = rows_of(dy)
     shape = (*dy.shape[:-1], in_features)
     settings = settings_for_dx(rows, weight, in_features)

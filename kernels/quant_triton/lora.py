@@ -6,7 +6,9 @@
 The branch is under 1% of the arithmetic; what it costs is passes over x, y and dy. Forward, one over x gives s; the
 rest is the epilogue of the base product, or costs nothing at all where many rows make it worthwhile to decode W first:
 then W + scaling * b a is written instead (`merge.py`), unless dropout lies between. Backward, one pass over dy gives ds
-and db, one over x da, and dx takes its branch as y does. s, rank numbers a row, is kept from the forward pass.
+and db, one over x da, and dx takes its branch as y does, with dropout's mask drawn again where it lies on the branch.
+Only many rows with dropout or many adapters need another pass over y and dx, as the vendor's product comes before. s,
+rank numbers a row, is kept from the forward pass.
 
 With a `Gate` a batch is served by many adapters of mixed ranks: a and b are those of all adapters, one below the other
 and side by side, and each row has its own adapter or none.
@@ -23,9 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .branch import Lora
-from .codes import codebook
+from .codes import Weight, checked_weight, codebook
 from .int8 import DX_ROWS, LEAST_SCALING, linear_int8, linear_int8_dx
-from .linear_4bit import Weight, fused, linear_4bit, rows_of, settings_for
+from .linear_4bit import fused, linear_4bit, rows_of, settings_for
 from .linear_4bit_backward import fused_dx, linear_4bit_dx, settings_for_dx
 from .low_rank import Gate, add_branch_, gradient_a, gradients_dy, project
 from .merge import SPAN, merge
@@ -73,7 +75,9 @@ def lora_linear_4bit(
     Returns:
         y, [..., out_features], and s = dropout(x) a^T, [..., rank], both in x's dtype; s is empty unless keep_s.
     """
-    weight = (packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size)
+    weight = checked_weight(
+        "lora_linear_4bit", packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size
+    )
     rows, a, b = rows_of(x), a.contiguous(), b.contiguous()
     k, n = rows.shape[1], b.shape[0]
     settings = settings_for(rows, weight, n)
@@ -129,7 +133,7 @@ def _backward(
     base_dx: gives dy W + a branch. merged: gives W + scaling * b a, or None where base_dx is to be asked.
     """
     need_dx, need_da, need_db = needed
-    dy, rows, s = rows_of(dy), rows_of(x), rows_of(s)
+    dy, rows, s = rows_of(dy), rows_of(x), rows_of(s).contiguous()
     ds, db = gradients_dy(dy, s, b, scaling, need_da or (need_dx and merged is None), need_db, gate)
     dx = x.new_empty(0)
     if need_dx and merged is not None:
@@ -166,9 +170,11 @@ def lora_linear_4bit_backward(
         the others are returned empty. The rest: as `lora_linear_4bit` took it.
 
     Returns:
-        dx in x's shape and dtype, da in a's, db in b's.
+        dx in x's shape and dtype, da in a's, db in b's: sums in float32, rounded to that dtype once.
     """
-    weight = (packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size)
+    weight = checked_weight(
+        "lora_linear_4bit_backward", packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size
+    )
     a, b, k = a.contiguous(), b.contiguous(), x.shape[-1]
     settings = settings_for_dx(rows_of(dy), weight, k)
     merges = seed is None and gate is None and not settings and k % SPAN.value == 0

@@ -19,7 +19,7 @@ from torch import Tensor
 from .codes import (
     block_scales,
     check_format,
-    check_weight,
+    checked_weight,
     codebook,
     decode_scaled,
     scaled_lookup,
@@ -155,7 +155,7 @@ def dequantize_4bit(
     """Decodes a 4-bit weight of n elements: `dtype(codebook[code] * absmax)`, one rounding.
 
     Args:
-        packed: [ceil(n / 2), 1] uint8, high nibble first, contiguous.
+        packed: [ceil(n / 2), 1] uint8, high nibble first.
         absmax: [ceil(n / block_size)] float32; uint8 codes if the three nested arguments are given.
         nested_absmax: [ceil(blocks / 256)] float32. nested_codebook: [256] float32. offset: [] float32.
         quant_type: "nf4" or "fp4". block_size: a power of two, 32 ... 4096.
@@ -167,8 +167,9 @@ def dequantize_4bit(
     Raises:
         ValueError: unknown quant_type, or nested arguments of which only some are given.
     """
-    nested = (nested_absmax, nested_codebook, offset)
-    double_quant = check_weight("dequantize_4bit", *nested, quant_type)
+    weight = (packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size)
+    packed, absmax, *nested, _, _ = checked_weight("dequantize_4bit", *weight)
+    double_quant = nested[0] is not None
     out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
     n = math.prod(shape)
     launch(
@@ -263,8 +264,9 @@ def embedding_4bit(
     Raises:
         ValueError: unknown quant_type, or nested arguments of which only some are given.
     """
-    nested = (nested_absmax, nested_codebook, offset)
-    double_quant = check_weight("embedding_4bit", *nested, quant_type)
+    weight = (packed, absmax, nested_absmax, nested_codebook, offset, quant_type, block_size)
+    packed, absmax, *nested, _, _ = checked_weight("embedding_4bit", *weight)
+    double_quant = nested[0] is not None
     out = torch.empty((*indices.shape, embedding_dim), dtype=dtype, device=packed.device)
     launch(
         _embedding_4bit,

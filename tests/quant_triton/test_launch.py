@@ -1,5 +1,6 @@
 """Configurations, buckets and the launch itself."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,13 @@ import triton.language as tl
 
 from quant_triton import launch
 from quant_triton.launch import ARCHITECTURES, TUNABLES, Architecture, bucket, config, default, default_config, forced
+
+LORA = {  # op -> what its configuration depends on besides rows, rank and dtype
+    "lora_project": {"k": 4096, "drop": 4},
+    "lora_dy": {"n": 4096},
+    "lora_da": {"k": 4096, "drop": 0},
+    "lora_add": {"n": 4096, "drop": 1},
+}
 
 
 @pytest.fixture
@@ -104,6 +112,20 @@ def test_the_interpreter_has_an_architecture_of_its_own(op):
 def test_a_default_is_that_of_its_architecture(op):
     assert default(op, ARCHITECTURES["sm_90"], k=1)["arch"] == Architecture("cuda", 90, 132, 227 * 1024)
     assert ARCHITECTURES["gfx942"].warp == 64
+
+
+@pytest.mark.parametrize("like, capability", [("sm_86", 87), ("sm_100", 103), ("sm_100", 110), ("sm_120", 121)])
+def test_a_gpu_that_nobody_knows_is_treated_like_its_family(like, capability):
+    known = ARCHITECTURES[like]
+    new = replace(known, capability=capability)
+    for dtype in (torch.bfloat16, torch.float32):
+        for m in (1, 16, 64, 1024):
+            for op in ("linear_4bit", "linear_4bit_dx"):
+                key = {"m": m, "n": 4096, "k": 14336, "chunk": 64, "dtype": dtype}
+                assert default(op, new, **key) == default(op, known, **key)
+            for op, sizes in LORA.items():
+                key = {"m": m, "r": 16, "dtype": dtype} | sizes
+                assert default(op, new, **key) == default(op, known, **key)
 
 
 def test_forced_configurations_end_with_their_block(op):

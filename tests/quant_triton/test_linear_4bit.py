@@ -9,6 +9,7 @@ from quant_triton.branch import Lora
 from quant_triton.launch import forced
 from quant_triton.linear_4bit import fusable, fused, linear_4bit, settings_for
 from quant_triton.linear_4bit_backward import fused_dx, linear_4bit_dx, settings_for_dx
+from quant_triton.nf4 import embedding_4bit
 from quantlib import functional, reference
 from tests.gpu.harness import assert_error_within
 
@@ -93,6 +94,28 @@ def test_any_strides_and_leading_dimensions():
     assert torch.equal(linear_4bit_dx(dy.t().contiguous().t().view(2, 3, 40), *weight, 128), dx.view(2, 3, 128))
     one = torch.ones(()).expand(6, 128)
     assert torch.equal(linear_4bit(one, *weight, 40, None), linear_4bit(torch.ones(6, 128), *weight, 40, None))
+
+
+def test_a_weight_and_a_bias_of_any_strides():
+    def strided(t):
+        return torch.stack([t, torch.zeros_like(t)], -1)[..., 0] if isinstance(t, torch.Tensor) else t
+
+    weight, x, dy, bias = (
+        quantized(40, 128, double_quant=True),
+        torch.randn(6, 128),
+        torch.randn(6, 40),
+        torch.randn(40),
+    )
+    other = tuple(map(strided, weight))
+    assert not any(other[i].is_contiguous() for i in (0, 1, 3))
+    for settings in ({}, None):
+        with forced("linear_4bit", settings), forced("linear_4bit_dx", settings):
+            assert torch.equal(linear_4bit(x, *other, 40, strided(bias)), linear_4bit(x, *weight, 40, bias))
+            assert torch.equal(linear_4bit_dx(dy, *other, 128), linear_4bit_dx(dy, *weight, 128))
+    i = torch.tensor([3, 1])
+    assert torch.equal(
+        embedding_4bit(i, *other, 40, 128, torch.float16), embedding_4bit(i, *weight, 40, 128, torch.float16)
+    )
 
 
 def test_a_single_row_without_leading_dimension():

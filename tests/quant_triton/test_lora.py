@@ -223,6 +223,27 @@ def test_a_scaling_that_no_sum_can_be_divided_by(scaling):
     torch.testing.assert_close(y, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
+@every_p
+@pytest.mark.parametrize("suffix", ["4bit", "int8"])
+def test_a_branch_of_any_strides(suffix, p):
+    (_, weight), (a, b), seed = base("int8" if suffix == "int8" else "nf4", 64, 128), factors(64, 128, 8), draw_seed(p)
+    x, dy, s, bias = torch.randn(5, 128), torch.randn(5, 64), torch.randn(5, 8), torch.randn(64)
+    between = () if suffix == "4bit" else (0.0,)
+    forward, backward = (getattr(lora, f"lora_linear_{suffix}{way}") for way in ("", "_backward"))
+
+    def both(form):
+        x_, dy_, s_, bias_, a_, b_ = (form(t) for t in (x, dy, s, bias, a, b))
+        branch = (a_, b_, 2.0, seed, p)
+        return *forward(x_, *weight, bias_, *between, *branch, True), *backward(
+            dy_, x_, s_, *weight, *branch, [True] * 3
+        )
+
+    expected = both(lambda t: t)
+    for form in (lambda t: torch.stack([t, t], -1)[..., 0], lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]]):
+        for got, want in zip(both(form), expected, strict=True):
+            assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("suffix", ["4bit", "int8"])
 def test_no_rows(suffix):
     n, k = 64, 128
