@@ -6,9 +6,9 @@
 Several adapters in one batch are one branch of all their ranks together, whose s is 0 where a row and a factor belong
 to different adapters: a `Gate`, applied as s and ds are written. Ranks may differ, and rows may have no adapter.
 
-Ranks are rounded up to a power of two, 16 at least; those above 128 (64 on AMD) are taken in parts, a program each, that
-read x or dy again. `project` skips parts that serve none of a program's rows. Factors may have another dtype than x:
-they are cast as they are read. Sums that several programs share go through a float32 workspace that is added up in a
+Ranks are rounded up to a power of two, 16 at least; those above 128 (64 on AMD) are taken in parts, a program each,
+which read x or dy again. `project` skips parts that serve none of a program's rows. Factors may have another dtype than
+x: they are cast as they are read. Sums that several programs share go through a float32 workspace that is added up in a
 fixed order, so that results are the same bits on every run.
 
 Compiled and interpreted, not yet run on a GPU.
