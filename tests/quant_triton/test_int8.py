@@ -244,13 +244,29 @@ def compiled_for(kernel, arguments, constants):
     return tuple(sorted(known.items(), key=lambda item: item[0]))
 
 
+LAUNCHERS = (absmax_kernels, int8, int8_few_rows, int8_many_rows)
+
+
+def test_one_launch_quantizes_and_one_multiplies(monkeypatch):
+    names = []
+    for module in LAUNCHERS:
+        monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: names.append(kernel.__name__))
+    values, absmax = int8_weight(48, 64)
+    for m in (2, 9, 3000):
+        expected = ["few_rows_kernel"] if m == 2 else ["quantize_kernel", "product_kernel"]
+        for lora in (None, branch_of(m, 48, 8, torch.float32)):
+            names.clear()
+            linear_int8(torch.randn(m, 64), values, absmax, None, 6.0, lora=lora)
+            assert names == expected
+
+
 def test_no_number_of_rows_compiles_again(monkeypatch):
     seen = defaultdict(set)
 
     def record(kernel, grid, *arguments, fp_fusion, **constants):
         seen[kernel.__name__].add(compiled_for(kernel, arguments, constants))
 
-    for module in (absmax_kernels, int8, int8_few_rows, int8_many_rows):
+    for module in LAUNCHERS:
         monkeypatch.setattr(module, "launch", record)
     (values, absmax), rank = int8_weight(48, 64), 5
     for m in (33, 48, 50, 63, 64):
