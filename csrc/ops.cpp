@@ -287,9 +287,10 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(const char* op, const Tensor& d
   };
   Tensor dx = result(needed[0], x), da = result(needed[1], a), db = result(needed[2], b);
   Tensor ds = torch::stable::new_empty(x, {m, rank}, ScalarType::Float);  // without the scaling
-  if (needed[0] || needed[1])
-    lora_s(dtype, dy.const_data_ptr(), m, n, dtype_of(b, op), b.const_data_ptr(), 1, rank, rank,
-           ds.mutable_data_ptr<float>());
+  const Tensor s = dense(torch::stable::to(s_, ScalarType::Float));
+  lora_dy(dtype, dy.const_data_ptr(), m, n, dtype_of(b, op), b.const_data_ptr(), rank,
+          needed[0] || needed[1] ? ds.mutable_data_ptr<float>() : nullptr, s.const_data_ptr<float>(), float(scaling),
+          needed[2] ? db.mutable_data_ptr() : nullptr);
   if (needed[0]) {
     const Branch branch{rank, ds.const_data_ptr<float>(), dtype_of(a, op), a.const_data_ptr(), 1, k, float(scaling)};
     base_dx(dy, seed ? Branch{} : branch, dx);
@@ -300,13 +301,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(const char* op, const Tensor& d
   }
   if (needed[1]) {
     const Tensor dropped = seed ? dropout_op(x, *seed, p) : x;
-    lora_outer(dtype, dropped.const_data_ptr(), m, k, ds.const_data_ptr<float>(), rank, float(scaling), dtype_of(a, op),
-               da.mutable_data_ptr(), k, 1);
-  }
-  if (needed[2]) {
-    const Tensor s = dense(torch::stable::to(s_, ScalarType::Float));
-    lora_outer(dtype, dy.const_data_ptr(), m, n, s.const_data_ptr<float>(), rank, float(scaling), dtype_of(b, op),
-               db.mutable_data_ptr(), 1, rank);
+    lora_da(dtype, dropped.const_data_ptr(), m, k, ds.const_data_ptr<float>(), rank, float(scaling), dtype_of(a, op),
+            da.mutable_data_ptr());
   }
   return {dx, da, db};
 }

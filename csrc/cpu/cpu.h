@@ -109,9 +109,12 @@ struct Branch {
 // Its beginning: s[m, rank] = x[m, k] a^T, where a[j, i] = a[j * row + i * column], summed in float32.
 void lora_s(DType x_dtype, const void* x, int64_t m, int64_t k, DType a_dtype, const void* a, int64_t row,
             int64_t column, int64_t rank, float* s);
-// The gradient of one of its factors: out[j * row + i * column] = scaling * sum of s[m, j] x[m, i] over m, in float32.
-void lora_outer(DType x_dtype, const void* x, int64_t m, int64_t k, const float* s, int64_t rank, float scaling,
-                DType dtype, void* out, int64_t row, int64_t column);
+// The gradients of its factors and of s, summed in float32: da[rank, k] = scaling * ds^T x, and in one pass over dy
+// ds[m, rank] = dy b and db[n, rank] = scaling * dy^T s; null for a ds or db that is not needed.
+void lora_da(DType dtype, const void* x, int64_t m, int64_t k, const float* ds, int64_t rank, float scaling,
+             DType a_dtype, void* da);
+void lora_dy(DType dtype, const void* dy, int64_t m, int64_t n, DType b_dtype, const void* b, int64_t rank, float* ds,
+             const float* s, float scaling, void* db);
 // y[m, n] += dropout of the branch's rows, each rounded to dtype.
 void add_dropped_branch(DType dtype, const Branch& branch, int64_t m, int64_t n, uint64_t seed, double p, void* y);
 

@@ -10,9 +10,13 @@ void lora_s(DType x_dtype, const void* x, int64_t m, int64_t k, DType a_dtype, c
             int64_t column, int64_t rank, float* s) {
   QUANTLIB_DISPATCH(lora_s)(x_dtype, x, m, k, a_dtype, a, row, column, rank, s);
 }
-void lora_outer(DType x_dtype, const void* x, int64_t m, int64_t k, const float* s, int64_t rank, float scaling,
-                DType dtype, void* out, int64_t row, int64_t column) {
-  QUANTLIB_DISPATCH(lora_outer)(x_dtype, x, m, k, s, rank, scaling, dtype, out, row, column);
+void lora_da(DType dtype, const void* x, int64_t m, int64_t k, const float* ds, int64_t rank, float scaling,
+             DType a_dtype, void* da) {
+  QUANTLIB_DISPATCH(lora_da)(dtype, x, m, k, ds, rank, scaling, a_dtype, da);
+}
+void lora_dy(DType dtype, const void* dy, int64_t m, int64_t n, DType b_dtype, const void* b, int64_t rank, float* ds,
+             const float* s, float scaling, void* db) {
+  QUANTLIB_DISPATCH(lora_dy)(dtype, dy, m, n, b_dtype, b, rank, ds, s, scaling, db);
 }
 void add_dropped_branch(DType dtype, const Branch& branch, int64_t m, int64_t n, uint64_t seed, double p, void* y) {
   QUANTLIB_DISPATCH(add_dropped_branch)(dtype, branch, m, n, seed, p, y);
@@ -169,31 +173,74 @@ static void store_scaled(const float* sums, int64_t count, float scaling, void* 
   for (int64_t i = 0; i < count; ++i) narrow(sums[i] * scaling, out + i * column);
 }
 
+// The gradient of a factor: out[j * row + i * column] = scaling * sum of s[m, j] x[m, i] over m.
+struct Gradient {
+  int64_t rank;
+  float scaling;
+  DType dtype;
+  void* out;
+  int64_t row, column;
+};
+
+// Sums a block of rows of x. The sums of several blocks are kept in `sums`, [rank, k], until the last has come.
 template <class X>
-static void outer_of(const void* x, int64_t m, int64_t k, const float* s, int64_t rank, float scaling, DType dtype,
-                     void* out, int64_t row, int64_t column) {
+static void outer(const X* x, int64_t m, int64_t k, const float* s, const Gradient& to, float* sums, bool first_block,
+                  bool last_block) {
   typedef typename MultipliedAs<X>::Element E;
-  const int64_t terms = __is_same(E, float) || dtype == DType::bf16 ? 1 : 2;
-  const DenseRows<X> rows{static_cast<const X*>(x), k};
+  const int64_t terms = __is_same(E, float) || to.dtype == DType::bf16 ? 1 : 2;
+  const DenseRows<X> rows{x, k};
   multiply_panels<E>(
-      rank * terms, k, m,
-      [&](int64_t r, int64_t begin, int64_t length, E* to) {
-        for (int64_t i = 0; i < length; ++i) term(s[(begin + i) * rank + r / terms], r % terms, to + i);
+      to.rank * terms, k, m,
+      [&](int64_t r, int64_t begin, int64_t length, E* out) {
+        for (int64_t i = 0; i < length; ++i) term(s[(begin + i) * to.rank + r / terms], r % terms, out + i);
       },
       [&](int64_t, int64_t) { return ColumnPanels<DenseRows<X> >{rows}; },
-      [&](const auto&, const Tiling& tiling, float* sums, int64_t first, int64_t count) {
-        for (int64_t r = 0; r < tiling.rows; r += terms, sums += terms * kColumns) {
-          if (terms == 2)
-            for (int64_t c = 0; c < kColumns; ++c) sums[c] += sums[kColumns + c];
-          const int64_t at = (tiling.first + r) / terms * row + first * column;
-          QUANTLIB_BY_DTYPE(dtype, store_scaled, sums, count, scaling, out, at, column);
+      [&](const auto&, const Tiling& tiling, float* products, int64_t first, int64_t count) {
+        for (int64_t r = 0; r < tiling.rows; r += terms, products += terms * kColumns) {
+          const int64_t j = (tiling.first + r) / terms;
+          for (int64_t c = 0; c < count; ++c) {
+            if (terms == 2) products[c] += products[kColumns + c];
+            if (!first_block) products[c] += sums[j * k + first + c];
+            if (!last_block) sums[j * k + first + c] = products[c];
+          }
+          const int64_t at = j * to.row + first * to.column;
+          if (last_block) QUANTLIB_BY_DTYPE(to.dtype, store_scaled, products, count, to.scaling, to.out, at, to.column);
         }
       });
 }
 
-void lora_outer(DType x_dtype, const void* x, int64_t m, int64_t k, const float* s, int64_t rank, float scaling,
-                DType dtype, void* out, int64_t row, int64_t column) {
-  QUANTLIB_BY_DTYPE(x_dtype, outer_of, x, m, k, s, rank, scaling, dtype, out, row, column);
+template <class X>
+static void da_of(const void* x, int64_t m, int64_t k, const float* ds, const Gradient& da) {
+  outer(static_cast<const X*>(x), m, k, ds, da, nullptr, true, true);
+}
+
+void lora_da(DType dtype, const void* x, int64_t m, int64_t k, const float* ds, int64_t rank, float scaling,
+             DType a_dtype, void* da) {
+  const Gradient gradient{rank, scaling, a_dtype, da, k, 1};
+  QUANTLIB_BY_DTYPE(dtype, da_of, x, m, k, ds, gradient);
+}
+
+// Both gradients want all of dy, so it comes in blocks of rows that are still in the cache for the second: 7.0 ms
+// instead of 7.6 (2048 rows of 14336).
+template <class X>
+static void dy_of(DType dtype, const void* dy_, int64_t m, int64_t n, DType b_dtype, const void* b, int64_t rank,
+                  float* ds, const float* s, const Gradient& db) {
+  constexpr int64_t kBlock = 2 << 20;
+  const X* dy = static_cast<const X*>(dy_);
+  const int64_t fitting = kBlock / (n * int64_t(sizeof(X)) + 1) / kStretch * kStretch;
+  const int64_t rows = fitting > kStretch ? fitting : kStretch;
+  const Scratch<float> sums(4, db.out && rows < m ? rank * n : 0);
+  for (int64_t r = 0; r == 0 || r < m; r += rows) {
+    const int64_t count = m - r < rows ? m - r : rows;
+    if (ds) QUANTLIB_ISA::lora_s(dtype, dy + r * n, count, n, b_dtype, b, 1, rank, rank, ds + r * rank);
+    if (db.out) outer(dy + r * n, count, n, s + r * rank, db, sums, r == 0, r + rows >= m);
+  }
+}
+
+void lora_dy(DType dtype, const void* dy, int64_t m, int64_t n, DType b_dtype, const void* b, int64_t rank, float* ds,
+             const float* s, float scaling, void* db) {
+  const Gradient gradient{rank, scaling, b_dtype, db, 1, rank};
+  QUANTLIB_BY_DTYPE(dtype, dy_of, dtype, dy, m, n, b_dtype, b, rank, ds, s, gradient);
 }
 
 template <class T>
