@@ -188,6 +188,9 @@ SIMD_INLINE void prefetch_next(const Weight4bit& w, int64_t k, int64_t rows, int
   for (int64_t i = 0; i < (end - begin) / 2; i += 64) __builtin_prefetch(next + i, 0, 2);
 }
 
+// Where elements begin that can be looked up together. A panel of dx has 16 columns on AVX2.
+constexpr int64_t kLookedUp = QUANTLIB_LEVEL == 1 ? 8 : 32;
+
 // Elements [begin, end) of the flat weight, which may begin at an odd nibble and straddle blocks.
 template <class T>
 static void decode(const Weight4bit& w, int64_t begin, int64_t end, T* out) {
@@ -212,15 +215,18 @@ static void decode(const Weight4bit& w, int64_t begin, int64_t end, T* out) {
     const int64_t block_end = (block + 1) << w.block_shift;
     const int64_t stop = block_end < end ? block_end : end;
     const float scale = w.scale(block);
-    if (i % 32 == 0) {
+    if (i % kLookedUp == 0) {
       const auto table = lookup_table(w.codebook, scale, out);
       for (; i + 32 <= stop; i += 32) decode32(w.packed + i / 2, table, out + i);
+#if QUANTLIB_LEVEL == 1
+      for (; i + 8 <= stop; i += 8) store(out + i, lookup8(w.packed + i / 2, table));
+#endif
     }
     if (i < stop) {
       Table<T> table;
       fill(table, w.codebook, scale);
-      const int64_t aligned = (i + 31) / 32 * 32;
-      const int64_t pause = i % 32 && aligned < stop ? aligned : stop;
+      const int64_t aligned = (i + kLookedUp - 1) / kLookedUp * kLookedUp;
+      const int64_t pause = i % kLookedUp && aligned < stop ? aligned : stop;
       for (; i < pause; ++i) out[i] = table.value[nibble(w.packed, i)];
     }
   }

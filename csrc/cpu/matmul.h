@@ -145,6 +145,33 @@ SIMD_INLINE void transpose(const uint32_t* rows, int64_t ldr, int64_t last, int6
       _mm512_storeu_si512(panel + (s + 12 + i) * kColumns, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
     }
   }
+#elif QUANTLIB_LEVEL == 1
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  for (int64_t s = 0; s < steps; s += 8) {
+    const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(steps - s < 8 ? int(steps - s) : 8), lane);
+    __m256 a[8], b[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+      a[i] = _mm256_maskload_ps(reinterpret_cast<const float*>(rows) + (i < last ? i : last) * ldr + s, mask);
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+      b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+      a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+      a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+      a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+      a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      float* const to = reinterpret_cast<float*>(panel) + (s + i) * kColumns;
+      _mm256_storeu_ps(to, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+      _mm256_storeu_ps(to + 4 * kColumns, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
+  }
 #else
   for (int64_t s = 0; s < (steps + W - 1) / W * W; ++s)
     for (int i = 0; i < W; ++i) panel[s * kColumns + i] = s < steps ? rows[(i < last ? i : last) * ldr + s] : 0;
