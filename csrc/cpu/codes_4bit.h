@@ -11,6 +11,7 @@ SIMD_INLINE __m512i zip(__m512i halves) {
 // W^T: the packed weight is turned, so that a lane has 8 codes of a column, then looked up, scaled and rounded. To
 // scale the sums of blocks instead costs no rounding, but ends a chain every 32 steps: 256 rows took 4% longer.
 struct CodePanels {
+  static constexpr int64_t kAbreast = 1;
   PlainWeight plain;
   int64_t k, blocks;
   Scratch<float> absmax;  // [blocks, kColumns] and what the transpose writes beyond
@@ -63,29 +64,11 @@ struct CodePanels {
 // W for dx, in bfloat16: rows are decoded two at once, side by side as the panel has them, by one table of 32 values,
 // where the fifth bit of an index is the row. One row of dy took 0.8 ms instead of 1.6 (4096 x 4096, two threads).
 struct PairPanels {
-  // Columns whose codes are copied together. A panel's 32 take a quarter of a cache line, and the lines of rows a power
-  // of two apart push each other out before the next panel comes to them.
-  static constexpr int64_t kCopied = 128;
+  static constexpr int64_t kAbreast = kColumnsAbreast;
   const Weight4bit& w;
-  int64_t n, k, last;
-  int64_t origin = -kCopied;  // first column of those copied
-  Scratch<uint8_t> copied;    // [n, kCopied / 2]
+  int64_t n, k;
 
-  PairPanels(const Weight4bit& w, int64_t n, int64_t k, int64_t last)
-      : w(w), n(n), k(k), last(last), copied(3, n * (kCopied / 2)) {}
-
-  void start(int64_t first, int64_t) {
-    if (first < origin + kCopied && first >= origin) return;
-    origin = first;
-    const uint8_t* packed = w.packed + first / 2;
-    const int64_t bytes = (last - first < kCopied ? last - first : kCopied) / 2;
-    for (int64_t row = 0; row < n; ++row, packed += k / 2) {
-      __builtin_prefetch(packed + 32 * (k / 2), 0, 2);
-      for (int64_t i = 0; i < bytes; i += 16)
-        store_raw(copied + row * (kCopied / 2) + i, load_raw<__m128i>(packed + i));
-    }
-  }
-
+  void start(int64_t, int64_t) const {}
   void build(int64_t first, int64_t, int64_t begin, int64_t length, bf16* panel) const {
     const float* const absmax = w.absmax;
     const int shift = w.block_shift;
@@ -93,13 +76,15 @@ struct PairPanels {
     // Of every word, a byte of each row, the nibbles: high ones first.
     const __m512i nibbles = _mm512_set1_epi64(0x00080000000c0004);
     const __m512i nibble = _mm512_set1_epi16(15), second = _mm512_set1_epi32(16 << 16);
-    const uint8_t* packed = copied + begin * (kCopied / 2) + (first - origin) / 2;
-    for (int64_t row = begin; row < begin + length; row += 2, panel += 2 * kColumns, packed += kCopied) {
+    const uint8_t* packed = w.packed + (begin * k + first) / 2;
+    for (int64_t row = begin; row < begin + length; row += 2, panel += 2 * kColumns, packed += k) {
+      __builtin_prefetch(packed + 16 * k, 0, 2);
+      __builtin_prefetch(packed + 16 * k + k / 2, 0, 2);
       const bool pair = row + 1 < n;
       const float low = absmax[(row * k + first) >> shift], high = pair ? absmax[((row + 1) * k + first) >> shift] : 0;
       const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(codes, _mm512_set1_ps(high)),
                                                          _mm512_mul_ps(codes, _mm512_set1_ps(low)));
-      const __m128i a = load_raw<__m128i>(packed), b = load_raw<__m128i>(packed + (pair ? kCopied / 2 : 0));
+      const __m128i a = load_raw<__m128i>(packed), b = load_raw<__m128i>(packed + (pair ? k / 2 : 0));
       const __m128i words[kVectors] = {_mm_unpacklo_epi8(a, b), _mm_unpackhi_epi8(a, b)};
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {

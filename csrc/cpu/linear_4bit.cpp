@@ -80,7 +80,7 @@ void linear_4bit_dx(const Linear4bit& a) {
   const Product product{a.x, nullptr, a.m, a.k, a.n, a.y, nullptr, a.branch};
 #if QUANTLIB_LEVEL == 2
   if (a.dtype == DType::bf16 && a.k % kColumns == 0) {
-    multiply<bf16, bf16>(product, [&](int64_t, int64_t last) { return PairPanels(plain.w, a.n, a.k, last); });
+    multiply<bf16, bf16>(product, [&](int64_t, int64_t) { return PairPanels{plain.w, a.n, a.k}; });
     return;
   }
 #endif
