@@ -287,10 +287,10 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(const char* op, const Tensor& d
   };
   Tensor dx = result(needed[0], x), da = result(needed[1], a), db = result(needed[2], b);
   Tensor ds = torch::stable::new_empty(x, {m, rank}, ScalarType::Float);  // without the scaling
-  const Tensor s = dense(torch::stable::to(s_, ScalarType::Float));
+  const OptionalTensor s = needed[2] ? OptionalTensor(dense(torch::stable::to(s_, ScalarType::Float))) : std::nullopt;
   lora_dy(dtype, dy.const_data_ptr(), m, n, dtype_of(b, op), b.const_data_ptr(), rank,
-          needed[0] || needed[1] ? ds.mutable_data_ptr<float>() : nullptr, s.const_data_ptr<float>(), float(scaling),
-          needed[2] ? db.mutable_data_ptr() : nullptr);
+          needed[0] || needed[1] ? ds.mutable_data_ptr<float>() : nullptr, s ? s->const_data_ptr<float>() : nullptr,
+          float(scaling), s ? db.mutable_data_ptr() : nullptr);
   if (needed[0]) {
     const Branch branch{rank, ds.const_data_ptr<float>(), dtype_of(a, op), a.const_data_ptr(), 1, k, float(scaling)};
     base_dx(dy, seed ? Branch{} : branch, dx);

@@ -110,7 +110,7 @@ struct Branch {
 void lora_s(DType x_dtype, const void* x, int64_t m, int64_t k, DType a_dtype, const void* a, int64_t row,
             int64_t column, int64_t rank, float* s);
 // The gradients of its factors and of s, summed in float32: da[rank, k] = scaling * ds^T x, and in one pass over dy
-// ds[m, rank] = dy b and db[n, rank] = scaling * dy^T s; null for a ds or db that is not needed.
+// ds[m, rank] = dy b and db[n, rank] = scaling * dy^T s; null for a ds or db that is not needed, s going with db.
 void lora_da(DType dtype, const void* x, int64_t m, int64_t k, const float* ds, int64_t rank, float scaling,
              DType a_dtype, void* da);
 void lora_dy(DType dtype, const void* dy, int64_t m, int64_t n, DType b_dtype, const void* b, int64_t rank, float* ds,

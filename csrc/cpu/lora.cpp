@@ -92,7 +92,7 @@ struct DenseRows {
 
   template <class E>
   SIMD_INLINE_MEMBER void decode(int64_t row, int64_t begin, int64_t end, E* out) const {
-    if (end - begin == kColumns)
+    if (end - begin == kColumns)  // a panel's row: copied at a known size, without a call
       convert(x + row * k + begin, kColumns, out);
     else
       convert(x + row * k + begin, end - begin, out);

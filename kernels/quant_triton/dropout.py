@@ -1,8 +1,8 @@
 """Dropout whose mask is a function of a seed alone, so that a backward pass draws it again.
 
 Random words by Philox4x32-10 (Salmon et al., SC 2011, https://doi.org/10.1145/2063384.2063405): one counter gives the
-words of four consecutive elements. `survivors` is there for other kernels that drop what they read or
-write.
+words of four consecutive elements. `survivors` is there for other kernels that drop what they read
+or write.
 
 A thread has one counter at a time, whose words are already where they are used: 8 bytes of a 16-bit dtype. On
 sm_90 an element costs 28 instructions; streaming 16-bit elements leaves an H200 time for 27.
