@@ -286,8 +286,7 @@ def _ops(options: Options, seconds: float) -> list[Command]:
 def _model(options: Options, seconds: float) -> list[Command]:
     for record in options.out.glob("model-*.json"):
         record.unlink()
-    # As long as `auto` passes the Triton kernels over, a model runs by them on request; ops are measured both ways.
-    return _bench(options, seconds, "model", **({} if options.dry_run else {"QUANTLIB_BACKEND": "triton"}))
+    return _bench(options, seconds, "model")
 
 
 def _bench_result(pattern: str) -> Callable[[Options, str, int], str]:

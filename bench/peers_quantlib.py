@@ -112,13 +112,15 @@ def _kernels(case: Case) -> list[str]:
     return [op, f"{op}_dx"] if case.backward else [op]
 
 
-def _on_request(backend: backends.Backend) -> None:
-    """A backend that `auto` passes over is a contestant of its own: what OURS runs, by its kernels."""
+def _by_backend(backend: backends.Backend) -> None:
+    """A contestant of its own: what OURS runs, by the kernels of this backend."""
 
     def build(case: Case, w: Weights) -> Entry:
         for op in _kernels(case):
             if refusal := backend.refusal(op, w.w.device.type):
                 raise Unavailable(f"it {refusal}")
+        if all(backends.explain(op, w.w).chosen == backend.name for op in _kernels(case)):
+            raise Unavailable(f"it is what {OURS} runs")
         (ours,) = (peer for peer in CONTESTANTS[case.op] if peer.name == OURS)
         entry = ours.entry(case, w)
 
@@ -132,5 +134,5 @@ def _on_request(backend: backends.Backend) -> None:
 
 
 for _backend in backends.BACKENDS:
-    if _backend.manual:
-        _on_request(_backend)
+    if _backend.doubt:
+        _by_backend(_backend)

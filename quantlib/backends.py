@@ -1,9 +1,9 @@
 """Which kernel serves an op, and why.
 
-A backend is a named set of kernels. `auto` (the default) lets the dispatcher choose: the best C++ level the
-CPU supports for CPU tensors, plain PyTorch for devices without kernels of their own. An explicit choice, by
-`use_backend(name)` or the environment variable QUANTLIB_BACKEND, never falls back: it raises with what is
-missing. `explain(op, device)` says which backend would run and why the others would not.
+A backend is a named set of kernels. `auto` (the default) takes the first of `BACKENDS` that can run: the best C++
+level the CPU supports for CPU tensors, Triton for CUDA and ROCm, plain PyTorch for devices without kernels of their
+own. An explicit choice, by `use_backend(name)` or the environment variable QUANTLIB_BACKEND, never falls back: it
+raises with what is missing. `explain(op, device)` says which backend would run and why the others would not.
 
 Under TRITON_INTERPRET=1 the Triton kernels serve tensors on every device, slowly, as a proof.
 """
@@ -14,7 +14,8 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -40,22 +41,21 @@ _C, _c_missing = _import("quantlib._C")
 class Backend:
     """A named set of kernels.
 
-    name: what `use_backend` takes. device: the device type it serves, None for all. offers: gives the ops it has.
-    kernel: op name -> callable with the op's schema. missing: why it cannot run here, "" if it can.
+    name: what `use_backend` takes. device: the device type it serves, None for all. ops: those it has.
+    kernel: op name -> callable with the op's schema, once it is loaded. missing: why it cannot run here, "" if it can.
+    load: loads what is not loaded with quantlib, GPU libraries, and gives its kernels as plain functions.
     manual: why `auto` passes it over although it can run, "" if it does not.
+    doubt: why its results may be wrong, "" if it has been seen to run.
     """
 
     name: str
     device: str | None
-    offers: Callable[[], Iterable[str]]
+    ops: Collection[str]
     kernel: Callable[[str], Callable]
     missing: str = ""
+    load: Callable[[], dict[str, Callable]] = dict
     manual: str = ""
-
-    @functools.cached_property
-    def ops(self) -> tuple[str, ...]:
-        """The ops it has, asked when first needed: GPU libraries are not loaded before."""
-        return tuple(self.offers())
+    doubt: str = ""
 
     def refusal(self, op: str, device: str) -> str:
         """Why this backend cannot run `op` on `device`; "" if it can."""
@@ -117,46 +117,55 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
-def _triton_ops() -> list[str]:
-    """Registers what quant_triton has as torch.ops.quantlib_triton.*: torch.compile need not look into a launch."""
-    quant_triton, _ = _import("quant_triton")
-    offered = [op for op in ops.SCHEMAS if op in getattr(quant_triton, "__all__", ())]
-    for op in offered:
+def _load_triton() -> dict[str, Callable]:
+    """Registers them as torch.ops.quantlib_triton.* as well: torch.compile need not look into a launch."""
+    quant_triton = importlib.import_module("quant_triton")
+    kernels = {op: _without_autocast(getattr(quant_triton, op)) for op in ops.SCHEMAS}
+    for op, kernel in kernels.items():
         ops.register("quantlib_triton", op)
-        kernel = _without_autocast(getattr(quant_triton, op))
         torch.library.impl(f"quantlib_triton::{op}", "CompositeExplicitAutograd")(kernel)
-    return offered
+    return kernels
 
 
 def _triton(op: str) -> Callable:
     return getattr(torch.ops.quantlib_triton, op).default
 
 
-def _cuda(op: str) -> Callable:
+def _load_cuda() -> dict[str, Callable]:
     importlib.import_module("quantlib._C_cuda")
+    return {"dequantize_4bit": _cuda("dequantize_4bit")}
+
+
+def _cuda(op: str) -> Callable:
     return getattr(torch.ops.quantlib_cuda, op).default
 
 
 _NEVER_RUN = "it compiles, but no run on a GPU has confirmed it"
-
-
-def _all() -> Iterable[str]:
-    return ops.SCHEMAS
-
+_EVERY_OP = tuple(ops.SCHEMAS)
 
 # In the order in which `auto` considers them.
 BACKENDS: tuple[Backend, ...] = (
-    *(Backend(name, "cpu", _all, _registered, _cpu_missing(name)) for name in _CPU_LEVELS),
+    *(Backend(name, "cpu", _EVERY_OP, _registered, _cpu_missing(name)) for name in _CPU_LEVELS),
     Backend(
         "triton",
         None if _INTERPRETED else "cuda",
-        _triton_ops,
+        _EVERY_OP,
         _triton,
         (_not_installed if _INTERPRETED else _gpu_missing)("triton", "quant_triton"),
-        manual=_NEVER_RUN,
+        load=_load_triton,
+        manual="it is interpreted, as a proof" if _INTERPRETED else "",
+        doubt=_NEVER_RUN,
     ),
-    Backend("cuda", "cuda", lambda: ("dequantize_4bit",), _cuda, _gpu_missing("quantlib._C_cuda"), manual=_NEVER_RUN),
-    Backend("reference", None, _all, _reference),
+    Backend(
+        "cuda",
+        "cuda",
+        ("dequantize_4bit",),
+        _cuda,
+        _gpu_missing("quantlib._C_cuda"),
+        load=_load_cuda,
+        doubt=_NEVER_RUN,
+    ),
+    Backend("reference", None, _EVERY_OP, _reference),
 )
 
 
@@ -188,7 +197,7 @@ class _Choice:
         if backend is not None and backend.missing:
             raise RuntimeError(f"quantlib.use_backend: {name!r} cannot run here: {backend.missing}")
         if backend is not None:
-            _ = backend.ops  # what it loads should not be loaded first in the middle of torch.compile
+            backend.load()  # not first in the middle of torch.compile
         isa = backend.name if backend and backend.device == "cpu" else next(iter(self.isas), "")
         if isa != self.isa:  # setting it takes longer than a small kernel
             _C.set_cpu_isa(isa)
@@ -224,6 +233,10 @@ class use_backend:
         _choice.set(self._previous)
 
 
+def _automatic(op: str, device: str) -> Backend:
+    return next(b for b in BACKENDS if not b.manual and not b.refusal(op, device))
+
+
 def kernel(op: str, device: torch.device) -> Callable:
     """The callable, with the schema of `op`, that serves tensors on `device`."""
     backend = _choice.backend
@@ -240,9 +253,10 @@ def kernel(op: str, device: torch.device) -> Callable:
 
 def fused(op: str, device: torch.device) -> Callable | None:
     """The kernel that serves one of `ops.COMPOSED` as a whole; None where it is composed of the other ops' kernels."""
-    chosen = _choice.backend
-    candidates = (chosen,) if chosen else (b for b in BACKENDS if not b.manual and b.name != "reference")
-    return next((b.kernel(op) for b in candidates if not b.refusal(op, device.type)), None)
+    backend = _choice.backend
+    if backend is None:
+        return None if _automatic(op, device.type).name == "reference" else _registered(op)
+    return None if backend.refusal(op, device.type) else backend.kernel(op)
 
 
 @dataclass(frozen=True)
@@ -291,6 +305,8 @@ def explain(op: str, device: torch.device | str | torch.Tensor = "cpu") -> Expla
             verdicts[backend.name] = f"chosen: {how}"
         else:
             verdicts[backend.name] = f"can run, but {chosen} comes first"
+        if backend.doubt and not refusal:
+            verdicts[backend.name] += f"; {backend.doubt}"
     return Explanation(op, device_type, chosen, verdicts)
 
 
@@ -300,7 +316,29 @@ def _register_reference() -> None:
         torch.library.impl(f"quantlib::{name}", "CompositeExplicitAutograd")(_reference(name))
 
 
+@functools.cache
+def _load_automatically(backend: Backend) -> dict[str, Callable]:
+    if backend.doubt:
+        warnings.warn(
+            f"quantlib: tensors on {backend.device} are served by {backend.name!r}: {backend.doubt}. "
+            "`python -m quantlib` compares every op with plain PyTorch on this machine; "
+            "quantlib.use_backend('reference') computes with that instead",
+            stacklevel=2,
+        )
+    return backend.load()
+
+
+def _register_gpu() -> None:
+    """What `auto` chooses for CUDA and ROCm tensors, loaded with the first of them."""
+    for name in ops.SCHEMAS:
+        backend = _automatic(name, "cuda")
+        if backend.name != "reference":
+            kernel = lambda *args, b=backend, op=name: _load_automatically(b)[op](*args)  # noqa: E731
+            torch.library.impl(f"quantlib::{name}", "CUDA")(kernel)
+
+
 _register_reference()
+_register_gpu()
 try:
     _choice.set(os.environ.get("QUANTLIB_BACKEND", AUTO))
 except (ValueError, RuntimeError) as error:

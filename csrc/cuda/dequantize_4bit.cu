@@ -1,6 +1,6 @@
 // Decodes NF4 and FP4 to a float tensor, one rounding per element.
 //
-// Compiled for every architecture on each build, but not yet run on a GPU; backends.py offers it on request only.
+// Compiled for every architecture on each build, but not yet run on a GPU.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -353,13 +353,6 @@ def test_measuring_needs_no_matplotlib():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_models_run_by_the_triton_kernels(options):
-    (command,) = named("model").commands(options, 60)
-    assert command.environment == {"QUANTLIB_BACKEND": "triton"}
-    (command,) = named("model").commands(dataclasses.replace(options, dry_run=True), 60)
-    assert command.environment == {}
-
-
 def test_the_script_names_a_python_that_is_not_there():
     env = {**os.environ, "PYTHON": "no-such-python"}
     done = subprocess.run([str(SCRIPT)], env=env, capture_output=True, text=True)

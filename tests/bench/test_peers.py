@@ -155,11 +155,16 @@ def test_our_kernels_of_experts_and_adapters_under_the_interpreter():
     assert done.returncode == 0, done.stderr
 
 
-def test_backends_on_request_say_why_they_are_not_measured():
+def test_backends_by_name_say_why_they_are_not_measured(monkeypatch):
     case = Case("dequantize_4bit", (8, 64), torch.bfloat16)
     weights = make_weights(case, Source("cpu"))
     (triton,) = (peer for peer in CONTESTANTS[case.op] if peer.name == "quantlib, triton")
     with pytest.raises(Unavailable, match="serves cuda tensors, not cpu"):
+        triton.entry(case, weights)
+    chosen = SimpleNamespace(chosen="triton")
+    monkeypatch.setattr(peers_quantlib.backends.Backend, "refusal", lambda *_: "")
+    monkeypatch.setattr(peers_quantlib.backends, "explain", lambda *_: chosen)
+    with pytest.raises(Unavailable, match="it is what quantlib runs"):
         triton.entry(case, weights)
 
 
@@ -169,17 +174,17 @@ REGISTERED = [op for op in OPS if op not in contest.MANY]
 @pytest.mark.parametrize(
     "op, backward", [(op, way) for op in REGISTERED for way in (False, True)[: 1 + OPS[op].backward]]
 )
-def test_a_backend_on_request_runs_what_ours_runs(op, backward, monkeypatch):
+def test_a_backend_by_name_runs_what_ours_runs(op, backward, monkeypatch):
     """The same way as that of the CUDA and Triton kernels, with the reference's."""
     backends, seen = peers_quantlib.backends, []
     kernel = lambda op: seen.append(op) or backends._reference(op)  # noqa: E731
     (reference,) = (backend for backend in backends.BACKENDS if backend.name == "reference")
-    stand_in = replace(reference, name="stand-in", kernel=kernel, manual="not run")
+    stand_in = replace(reference, name="stand-in", kernel=kernel, manual="not asked for")
     monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, stand_in))
     monkeypatch.setitem(CONTESTANTS, op, [peer for peer in CONTESTANTS[op] if peer.name == "quantlib"])
     for other in set(REGISTERED) - {op}:
         monkeypatch.setitem(CONTESTANTS, other, [])
-    peers_quantlib._on_request(stand_in)
+    peers_quantlib._by_backend(stand_in)
     case = Case(op, (32, 64), torch.bfloat16, 5 if OPS[op].rows else None, backward=backward)
     w = make_weights(case, Source("cpu"))
     rows = OPS[op].rows(case, Source("cpu", 1)) if OPS[op].rows else SimpleNamespace()

@@ -10,7 +10,7 @@ import torch
 
 from quantlib import use_backend
 
-from .harness import DRY_RUN, skip_without_device
+from .harness import skip_without_device
 
 
 @pytest.fixture(autouse=True)
@@ -24,10 +24,8 @@ def _deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["auto", "triton"])
+@pytest.fixture(params=["auto", "reference"])
 def either_backend(request, _deterministic):
-    """What `auto` chooses, and the Triton kernels, which it passes over until a run on a GPU has confirmed them."""
-    if DRY_RUN and request.param == "triton":
-        pytest.skip("Triton's interpreter is wrong about bfloat16; tests/quant_triton/test_stack.py runs in float32")
+    """What `auto` chooses, the Triton kernels on a GPU, and plain PyTorch."""
     with use_backend(request.param):
         yield

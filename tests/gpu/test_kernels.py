@@ -159,3 +159,8 @@ def test_every_backend_is_here_and_has_kernels(backend):
 def test_auto_and_the_table_of_backends_agree_about_this_machine():
     for op in sorted({op for _, op in KERNELS}):
         assert backends.explain(op, DEVICE).chosen is not None, op
+
+
+def test_auto_takes_the_kernels_of_the_device():
+    expected = "triton" if DEVICE.type == "cuda" else backends._find("cpu").name
+    assert {backends.explain(op, DEVICE).chosen for op in ops.SCHEMAS} == {expected}

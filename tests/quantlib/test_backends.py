@@ -69,9 +69,41 @@ with quantlib.use_backend("triton"):
     paths = os.pathsep.join(["kernels", os.environ.get("PYTHONPATH", "")])
     result = _python("-c", script, TRITON_INTERPRET="1", PYTHONPATH=paths)
     assert result.stdout.splitlines() == [
-        f"only on request: {backends._NEVER_RUN}",
+        f"only on request: it is interpreted, as a proof; {backends._NEVER_RUN}",
         "quantlib_triton::dequantize_4bit",
     ], result.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which has wheels for Linux only")
+def test_triton_serves_every_op_on_cuda_and_says_what_it_has_not_proved():
+    """As on a machine with a GPU; what is registered for CUDA computes on the CPU here, interpreted."""
+    script = """
+import os, warnings
+import torch
+torch.cuda.is_available = lambda: True
+import quantlib
+from quantlib import backends, ops, reference
+from quantlib.__main__ import _outputs, example_args
+for op in ops.SCHEMAS:
+    verdict = quantlib.explain(op, "cuda")
+    assert verdict.chosen == "triton" and verdict.verdicts["triton"].endswith(backends._NEVER_RUN), verdict
+    assert quantlib.explain(op).chosen == backends._C.cpu_isas()[0]
+assert backends.fused("lora_linear_4bit", torch.device("cuda")) is backends._registered("lora_linear_4bit")
+os.environ["TRITON_INTERPRET"] = "1"
+cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for op, args in example_args().items():
+        got = backends._registered(op).redispatch(cuda, *args)
+        for ours, theirs in zip(_outputs(got), _outputs(getattr(reference, op)(*args)), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+(warning,) = (str(w.message) for w in caught if "quantlib" in str(w.message))
+assert "served by 'triton'" in warning and backends._NEVER_RUN in warning, warning
+print("served")
+"""
+    paths = os.pathsep.join(["kernels", os.environ.get("PYTHONPATH", "")])
+    result = _python("-c", script, PYTHONPATH=paths)
+    assert result.stdout.splitlines() == ["served"], result.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
