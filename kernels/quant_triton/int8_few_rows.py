@@ -25,9 +25,11 @@ _STEP = tl.constexpr(1 / 127)
 @triton.jit
 def _vectors(pointer, row, stride, first, rows, K, VECTORS: tl.constexpr, LENGTH: tl.constexpr):
     """[rows, VECTORS, LENGTH] of a matrix, from vector `first` of each row: a thread has vectors along K. 0 outside."""
-    vector = first + tl.arange(0, VECTORS)[None, :, None]
-    at = row[:, None, None].to(tl.int64) * stride + vector * LENGTH + tl.arange(0, LENGTH)[None, None, :]
-    return tl.load(pointer + at, mask=(row[:, None, None] < rows) & (vector * LENGTH < K), other=0)
+    k = (first * LENGTH + tl.arange(0, VECTORS * LENGTH))[None, :]
+    at = row[:, None].to(tl.int64) * stride + k
+    # As a matrix, since Triton 3.6 would have neighbouring threads load from different rows of the vectors.
+    tile = tl.load(pointer + at, mask=(row < rows)[:, None] & (k < K), other=0)
+    return tl.reshape(tile, (row.shape[0], VECTORS, LENGTH))
 
 
 @triton.jit
