@@ -265,7 +265,7 @@ static bool few_rows(const Product& p, const Weight4bit& w, const E* x, int64_t 
   I32 odd = {};
   for (int i = 0; i < M * kStrip; i += W) odd |= magnitude(load(sums + i)) >= kInf;
   finish<T>(p, sums, kStrip, m, M, first, last - first);
-  return max(odd & 1) == 0;
+  return !any(odd);
 }
 
 // y = x W^T + bias, x and y of type T, multiplied as E. Returns whether all is finite.

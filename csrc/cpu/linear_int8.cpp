@@ -59,8 +59,6 @@ SIMD_INLINE void quantize_row(const T* x, int64_t n, float scale, int8_t* values
   if (i < n) store_i8_part(values + i, quantized(load_part(x + i, n - i), s), n - i);
 }
 
-SIMD_INLINE bool any(I32 mask) { return max(mask & 1) != 0; }
-
 // Largest magnitude below the threshold; marks the columns of the others. Several threads may mark one column.
 template <class T>
 static float absmax_below(const T* x, int64_t n, float threshold, uint8_t* outliers) {
@@ -80,9 +78,22 @@ static float absmax_below(const T* x, int64_t n, float threshold, uint8_t* outli
   return as_float(max(m));
 }
 
+// Lists the columns that are marked; returns how many.
+static int64_t list_columns(const uint8_t* marks, int64_t k, int64_t* columns) {
+  int64_t count = 0;
+  for (int64_t begin = 0; begin < k; begin += 8) {
+    const int64_t end = begin + 8 < k ? begin + 8 : k;
+    if (end - begin == 8 && !load_raw<uint64_t>(marks + begin)) continue;
+    for (int64_t c = begin; c < end; ++c)
+      if (marks[c]) columns[count++] = c;
+  }
+  return count;
+}
+
+// Outlier columns are marked, listed and 0 in the values; returns how many there are.
 template <class T>
-static void quantize_rows(const void* source, int64_t rows, int64_t k, float threshold, int8_t* values, float* absmaxes,
-                          uint8_t* outliers) {
+static int64_t quantize_rows(const void* source, int64_t rows, int64_t k, float threshold, int8_t* values,
+                             float* absmaxes, uint8_t* outliers, int64_t* columns) {
   const T* x = static_cast<const T*>(source);
   const int64_t grain = (1 << 14) / (k + 1) + 1;
   parallel_for(rows, grain, [&](int64_t first, int64_t last) {
@@ -91,16 +102,19 @@ static void quantize_rows(const void* source, int64_t rows, int64_t k, float thr
       quantize_row(x + r * k, k, scale_of(absmaxes[r]), values + r * k);
     }
   });
-  if (!outliers || !__builtin_memchr(outliers, 1, k)) return;
-  parallel_for(rows, grain, [&](int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; ++r)
-      for (int64_t c = 0; c < k; ++c) values[r * k + c] &= int8_t(outliers[c] - 1);
-  });
+  const int64_t count = outliers ? list_columns(outliers, k, columns) : 0;
+  if (count)
+    parallel_for(rows, grain, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r)
+        for (int64_t c = 0; c < count; ++c) values[r * k + columns[c]] = 0;
+    });
+  return count;
 }
 
 void quantize_int8_rows(DType dtype, const void* x, int64_t rows, int64_t k, float threshold, int8_t* values,
                         float* absmaxes, uint8_t* outliers) {
-  QUANTLIB_BY_DTYPE(dtype, quantize_rows, x, rows, k, threshold, values, absmaxes, outliers);
+  const Scratch<int64_t> columns(6, outliers ? k : 0);
+  QUANTLIB_BY_DTYPE(dtype, quantize_rows, x, rows, k, threshold, values, absmaxes, outliers, columns);
 }
 
 // A maximum of several threads. Magnitudes compare as integers, NaN largest; the order of the threads does not matter.
@@ -388,11 +402,9 @@ static void linear(const LinearInt8& a) {
   const bool split = a.threshold > 0;
   const Scratch<uint8_t> mask(5, split ? a.k : 0);
   if (split) __builtin_memset(mask, 0, a.k);
-  quantize_rows<T>(a.x, a.m, a.k, a.threshold, q, absmaxes, split ? (uint8_t*)mask : nullptr);
   const Scratch<int64_t> columns(6, split ? a.k : 0);
-  int64_t count = 0;
-  for (int64_t c = 0; c < a.k && split; ++c)
-    if (mask[c]) columns[count++] = c;
+  const int64_t count =
+      quantize_rows<T>(a.x, a.m, a.k, a.threshold, q, absmaxes, split ? (uint8_t*)mask : nullptr, columns);
   const int64_t rank = a.branch.rank, width = count + rank;
   const Scratch<float> floats(7, a.m * width);
   for (int64_t m = 0; m < a.m; ++m) {

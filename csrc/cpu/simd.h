@@ -144,6 +144,17 @@ SIMD_INLINE int32_t max(I32 v) {
   return m;
 }
 
+// Of a comparison's result.
+SIMD_INLINE bool any(I32 mask) {
+#if QUANTLIB_LEVEL == 2
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif QUANTLIB_LEVEL == 1
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  return max(mask & 1) != 0;
+#endif
+}
+
 // The first n < W elements, the rest zero; and their counterpart.
 template <class T>
 SIMD_INLINE F32 load_part(const T* p, int64_t n) {
