@@ -10,13 +10,14 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /qlora-kernels
+# Before the build too: without ninja on the path PyTorch compiles one file after the other.
+ENV PATH=/qlora-kernels/.venv/bin:$PATH
 # The packages first: they stay in the cache while the sources change.
-COPY constraints.txt pyproject.toml ./
+COPY constraints.txt ./
 RUN python3 -m venv .venv \
-    && .venv/bin/python -m pip install --no-cache-dir -c constraints.txt torch triton transformers
+    && python -m pip install --no-cache-dir -c constraints.txt torch triton transformers
 
 COPY . .
 RUN make .venv/built
 
-ENV PYTHON=/qlora-kernels/.venv/bin/python
 CMD ["make", "test"]

@@ -99,6 +99,7 @@ def test_the_container_calls_commands_that_exist():
             assert all((ROOT / name).exists() for name in line.split()[1:-1])
     assert {"make test", "bench/gpu.sh"} <= set(shown)
     assert any(line.startswith("FROM nvidia/cuda:13.") and "devel" in line for line in lines)
+    assert lines.index("ENV PATH=/qlora-kernels/.venv/bin:$PATH") < lines.index("RUN make .venv/built")  # for ninja
 
 
 def test_what_git_ignores_is_not_copied_into_the_container():
