@@ -11,10 +11,23 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from bench.contest import LORA, Unavailable, Weights, adapter, contestant, frozen, layer_entry, lora_entry, truth_of
-from bench.inputs import RANK, SCALING, Case
+from bench.cases import Results
+from bench.contest import (
+    LORA,
+    Rows,
+    Unavailable,
+    Weights,
+    adapter,
+    contestant,
+    frozen,
+    layer_entry,
+    lora_entry,
+    truth_of,
+)
+from bench.inputs import RANK, SCALING, Case, sampled
 from bench.peers_bitsandbytes import bnb_layer, own_truth
 from bench.peers_quantlib import quantized_layer
+from quantlib import reference
 
 # ---------------------------------------------------------------------------------------------------
 # PEFT, over bitsandbytes and over our layers
@@ -76,12 +89,20 @@ def _(case, w):
 
 @contestant("linear_int8", "torchao, int8 without outliers", package="torchao")
 def _(case, w):
+    """Held to what it computes: every column of x is rounded to int8, the outliers too."""
     if case.backward:
         raise Unavailable("forward only")
     quantization = importlib.import_module("torchao.quantization")
     layer = nn.Sequential(copy.deepcopy(frozen(w.w)))
     quantization.quantize_(layer, quantization.Int8DynamicActivationInt8WeightConfig())
-    return layer_entry(case, layer)
+    values, scale = layer[0].weight.qdata, layer[0].weight.scale.float()
+
+    def truth(rows: Rows) -> tuple[Results, Results]:
+        x = sampled(rows.x)
+        y = x.double() @ (values * scale.double()).t()
+        return {"y": y}, {"y": reference.linear_int8(x, values, 127 * scale.flatten(), None, 0.0)}
+
+    return layer_entry(case, layer, truth=truth, graph=False)  # without torch.compile it prints each x to a string
 
 
 # ---------------------------------------------------------------------------------------------------
