@@ -95,8 +95,11 @@ def _cpu() -> dict:
     info = _cpuinfo()
     clocks = [float(mhz) for mhz in info.get("cpu MHz", [])]
     levels = quantlib.backends._C.cpu_isas() if quantlib.backends._C else []
+    title = (info.get("model name") or [platform.processor() or platform.machine()])[0]
+    # Virtual machines give every generation one title.
+    numbers = [f"{field.removeprefix('cpu ')} {info[field][0]}" for field in ("cpu family", "model") if field in info]
     return {
-        "name": (info.get("model name") or [platform.processor() or platform.machine()])[0],
+        "name": " ".join([title, *numbers]),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "kernels": levels[0] if levels else "reference",
