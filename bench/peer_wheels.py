@@ -18,8 +18,8 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-# What the benchmarks compare with and PyTorch's own images lack. The last two are what datasets needs.
-PEERS = ("bitsandbytes", "peft", "accelerate", "liger-kernel", "torchao", "datasets", "dill", "multiprocess")
+# What the benchmarks compare with and PyTorch's own images lack; these wheels serve every version of Python.
+PEERS = ("bitsandbytes", "peft", "accelerate", "liger-kernel", "torchao")
 CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
 LIMIT = 60 * 10**6  # bytes, of all wheels together
 MANYLINUX = [f"manylinux_2_{minor}_x86_64" for minor in range(5, 40)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
