@@ -67,14 +67,14 @@ def _dy(r, dtype="bf16", gated=False, ds=True, db=True):
     return _variant(name, low_rank._dy_kernel, signature, "lora_dy", key, constants, dtype, load=16)
 
 
-def _da(r, drop, dtype="bf16"):
+def _da(r, drop, dtype="bf16", gated=False):
     odd = drop == 1
     signature = {"x": "*T", "ds": "*T", "parts": "*fp32", "seed": "*i64", "m": "i32", "rank": "i32:16"}
     signature |= {"k": "i32" if odd else "i32:16", "stride": "i64" if odd else "i64:16"}
-    signature |= {"threshold": "i32", "scale": "fp32", "blocks_per_split": "i32"}
-    constants = {"DROP": drop}
+    signature |= {"threshold": "i32", "scale": "fp32", "blocks_per_split": "i32", "owner": "*i32", "adapter": "*i32"}
+    constants = {"DROP": drop, "GATED": gated}
     key = {"m": 2048, "k": K, "r": r, "drop": drop}
-    name = _name("da", r, dropout=drop > 0, odd=odd)
+    name = _name("da", r, dropout=drop > 0, gated=gated, odd=odd)
     return _variant(name, low_rank._da_kernel, signature, "lora_da", key, constants, dtype, load=2 if odd else 16)
 
 
@@ -109,9 +109,10 @@ VARIANTS = [
     *(_project(16, drop, m=m) for m in (16, 32) for drop in (0, 4)),
     *(_project(r, 4, gated=True) for r in (16, 128)),
     *(_dy(r) for r in _RANKS),
-    *(_dy(r, gated=True) for r in (16, 128)),
+    _dy(16, gated=True),
     *(_dy(16, ds=ds, db=not ds) for ds in (False, True)),
     *(_da(r, drop) for r in _RANKS for drop in (0, 4)),
+    *(_da(16, drop, gated=True) for drop in (0, 4)),
     *(_add(r, drop) for r in (16, 128) for drop in (0, 4)),
     _add(16, 0, m=16),
     *(of(r, 1) for of in (_project, _da, _add) for r in (16, 128)),

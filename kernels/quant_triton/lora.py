@@ -140,7 +140,7 @@ def _backward(
         dx = (dy @ merged()).view(x.shape)
     elif need_dx:
         dx = base_dx(dy, Lora(ds, a.t(), seed=seed, p=p)).view(x.shape)
-    da = gradient_a(rows, ds, seed, p, a.dtype) if need_da else a.new_empty(0)
+    da = gradient_a(rows, ds, seed, p, a.dtype, gate) if need_da else a.new_empty(0)
     return dx, da, db if need_db else b.new_empty(0)
 
 

@@ -4,12 +4,13 @@
 `gradient_a` reads x once for ds^T drop(x), the mask drawn again. `add_branch_` adds a product to y or dx in place.
 
 Several adapters in one batch are one branch of all their ranks together, whose s is 0 where a row and a factor belong
-to different adapters: a `Gate`, applied as s and ds are written. Ranks may differ, and rows may have no adapter.
+to different adapters: a `Gate`, applied as s and ds are written. Ranks may differ, and rows may have no adapter. Sums
+over rows are taken an adapter at a time, of its rows alone: a NaN in another's is not multiplied by 0, nor even read.
 
-Ranks are rounded up to a power of two, 16 at least; those above 128 (64 on AMD) are taken in parts, a program each,
-which read x or dy again. `project` skips parts that serve none of a program's rows. Factors may have another dtype than
-x: they are cast as they are read. Sums that several programs share go through a float32 workspace that is added up in a
-fixed order, so that results are the same bits on every run.
+Ranks are rounded up to a power of two, 16 at least; those above 128 (64 on AMD; 16 in a gated sum over rows) are taken
+in parts, a program each, which read x or dy again. `project` skips parts that serve none of a program's rows. Factors
+may have another dtype than x: they are cast as they are read. Sums that several programs share go through a float32
+workspace that is added up in a fixed order, so that results are the same bits on every run.
 
 Compiled and interpreted, not yet run on a GPU.
 """
@@ -34,11 +35,23 @@ from .parts import sum_parts
 
 
 @triton.jit
-def _load_kept(x, row, start, m, k, stride, seed, threshold, DROP: tl.constexpr, K: tl.constexpr):
-    """A tile of x [m, k] from column `start`, 0 where it is dropped, NaN or not."""
+def _load_where(source, row, column, stride, of_rows, of_columns):
+    """A tile of a matrix, 0 where not both its row and its column are wanted. row: int64."""
+    wanted = of_rows[:, None] & of_columns[None, :]
+    return tl.load(source + row[:, None] * stride + column[None, :], mask=wanted, other=0.0)
+
+
+@triton.jit
+def load_rows(source, row, column, rows, columns):
+    """A tile of a contiguous matrix [rows, columns]. row: int64."""
+    return _load_where(source, row, column, columns, row < rows, column < columns)
+
+
+@triton.jit
+def _load_kept(x, row, wanted, start, k, stride, seed, threshold, DROP: tl.constexpr, K: tl.constexpr):
+    """A tile of x [m, k] from column `start`, 0 in rows that are not wanted and where it is dropped, NaN or not."""
     column = start + tl.arange(0, K)
-    inside = (row < m)[:, None] & (column < k)[None, :]
-    tile = tl.load(x + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
+    tile = _load_where(x, row, column, stride, wanted, column < k)
     if DROP > 0:
         tile = tl.where(survivors(seed, row, start, k, threshold, DROP, K), tile, 0.0)
     return tile
@@ -60,10 +73,22 @@ def _gated(s, owner, adapter, gains, row, factor, m, rank):
 
 
 @triton.jit
-def load_rows(source, row, column, rows, columns):
-    """A tile of a contiguous matrix [rows, columns]. row: int64."""
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    return tl.load(source + row[:, None] * columns + column[None, :], mask=inside, other=0.0)
+def _adapters(adapter, factor, rank, GATED: tl.constexpr):
+    """The first and the last adapter that factors are of; 0 and 0 without a gate."""
+    first, last = 0, 0
+    if GATED:
+        first = tl.min(tl.load(adapter + factor, mask=factor < rank, other=2**31 - 1))
+        last = tl.max(tl.load(adapter + factor, mask=factor < rank, other=-1))
+    return first, last
+
+
+@triton.jit
+def _of(one, adapters, index, count, GATED: tl.constexpr):
+    """Which of some rows or factors exist and are of one adapter; without a gate, which exist."""
+    exists = index < count
+    if GATED:
+        exists &= tl.load(adapters + index, mask=exists, other=-1) == one
+    return exists
 
 
 @triton.jit(do_not_specialize=["m", "threshold", "blocks_per_split"])
@@ -97,7 +122,7 @@ def _project_kernel(
         last = tl.where(tl.max(_serves(owner, adapter, row, factor, m, rank).to(tl.int32)) > 0, last, first)
     for block in range(first, last):
         start = block * BLOCK_K  # so that its alignment is known
-        tile = _load_kept(x, row, start, m, k, stride, seed, threshold, DROP, BLOCK_K)
+        tile = _load_kept(x, row, row < m, start, k, stride, seed, threshold, DROP, BLOCK_K)
         right = load_rows(a, factor, start + tl.arange(0, BLOCK_K), rank, k).to(tile.dtype)
         acc = dot(tile, tl.trans(right), acc)
     if GATED:
@@ -133,23 +158,29 @@ def _dy_kernel(
     column = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
     factor = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     right = load_rows(b, column, factor, n, rank).to(dy.dtype.element_ty)
-    db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     first = tl.program_id(1) * blocks_per_split
-    for block in range(first, tl.minimum(first + blocks_per_split, tl.cdiv(m, BLOCK_M))):
-        row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-        inside = (row < m)[:, None] & (column < n)[None, :]
-        tile = tl.load(dy + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
-        if NEED_DS:
-            ds = dot(tile, right, tl.zeros((BLOCK_M, BLOCK_R), tl.float32)) * scaling
-            if GATED:
-                ds = _gated(ds, owner, adapter, gains, row, factor, m, rank)
-            place = ds_parts + (chunk * m + row)[:, None] * rank + factor[None, :]
-            tl.store(place, ds, mask=(row < m)[:, None] & (factor < rank)[None, :])
+    last = tl.minimum(first + blocks_per_split, tl.cdiv(m, BLOCK_M))
+    lowest, highest = _adapters(adapter, factor, rank, GATED)
+    for one in range(lowest, highest + 1):
+        its = _of(one, adapter, factor, rank, GATED)
+        if GATED:
+            gain = tl.load(gains + factor, mask=its, other=0.0)
+        db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+        for block in range(first, last):
+            row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+            served = _of(one, owner, row, m, GATED)
+            tile = _load_where(dy, row, column, stride, served, column < n)
+            if NEED_DS:
+                ds = dot(tile, right, tl.zeros((BLOCK_M, BLOCK_R), tl.float32)) * scaling
+                if GATED:
+                    ds = tl.where(served[:, None], ds * gain[None, :], 0.0)
+                place = ds_parts + (chunk * m + row)[:, None] * rank + factor[None, :]
+                tl.store(place, ds, mask=(row < m)[:, None] & its[None, :])
+            if NEED_DB:
+                db = dot(tl.trans(tile), load_rows(s, row, factor, m, rank), db)
         if NEED_DB:
-            db = dot(tl.trans(tile), load_rows(s, row, factor, m, rank), db)
-    if NEED_DB:
-        place = db_parts + (split * n + column)[:, None] * rank + factor[None, :]
-        tl.store(place, db * scaling, mask=(column < n)[:, None] & (factor < rank)[None, :])
+            place = db_parts + (split * n + column)[:, None] * rank + factor[None, :]
+            tl.store(place, db * scaling, mask=(column < n)[:, None] & its[None, :])
 
 
 @triton.jit(do_not_specialize=["m", "blocks_per_split", "threshold"])
@@ -158,6 +189,8 @@ def _da_kernel(
     ds,
     parts,
     seed,
+    owner,
+    adapter,
     m,
     k,
     rank,
@@ -166,21 +199,27 @@ def _da_kernel(
     scale,
     blocks_per_split,
     DROP: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     start_k = tl.program_id(0) * BLOCK_K
     factor = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    first = tl.program_id(1) * blocks_per_split
-    for block in range(first, tl.minimum(first + blocks_per_split, tl.cdiv(m, BLOCK_M))):
-        row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-        tile = _load_kept(x, row, start_k, m, k, stride, seed, threshold, DROP, BLOCK_K)
-        acc = dot(tl.trans(load_rows(ds, row, factor, m, rank)), tile, acc)
     column = start_k + tl.arange(0, BLOCK_K)
-    place = parts + (tl.program_id(1).to(tl.int64) * rank + factor)[:, None] * k + column[None, :]
-    tl.store(place, acc * scale, mask=(factor < rank)[:, None] & (column < k)[None, :])
+    first = tl.program_id(1) * blocks_per_split
+    last = tl.minimum(first + blocks_per_split, tl.cdiv(m, BLOCK_M))
+    lowest, highest = _adapters(adapter, factor, rank, GATED)
+    for one in range(lowest, highest + 1):
+        its = _of(one, adapter, factor, rank, GATED)
+        acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+        for block in range(first, last):
+            row = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+            served = _of(one, owner, row, m, GATED)
+            tile = _load_kept(x, row, served, start_k, k, stride, seed, threshold, DROP, BLOCK_K)
+            acc = dot(tl.trans(load_rows(ds, row, factor, m, rank)), tile, acc)
+        place = parts + (tl.program_id(1).to(tl.int64) * rank + factor)[:, None] * k + column[None, :]
+        tl.store(place, acc * scale, mask=its[:, None] & (column < k)[None, :])
 
 
 @triton.jit(do_not_specialize=["m", "threshold"])
@@ -219,8 +258,8 @@ def _add_kernel(
 class Gate(NamedTuple):
     """Which factors of a branch serve which rows.
 
-    owner: [m] int32, the adapter of each row, -1 for none. adapter: [rank] int32, the adapter of each factor.
-    scale: [rank] float32, the scaling of its adapter.
+    owner: [m] int32, the adapter of each row, -1 for none. adapter: [rank] int32, the adapter of each factor; adapters
+    are numbered as their factors follow each other. scale: [rank] float32, the scaling of its adapter.
     """
 
     owner: Tensor
@@ -238,6 +277,11 @@ def _dropout(seed: Tensor | None, p: float, columns: int, stand_in: Tensor) -> t
 def _rows(t: Tensor) -> Tensor:
     """A matrix whose rows lie in one piece."""
     return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
+
+
+def _narrow_key(rank: int, gate: Gate | None) -> int:
+    """The rank that a configuration for a sum over rows is for: the least with a gate, as adapters take a pass each."""
+    return rank_key(rank if gate is None else 1)
 
 
 def _splits(blocks: int, programs: int, device: torch.device) -> tuple[int, int]:
@@ -271,12 +315,12 @@ def project(x: Tensor, a: Tensor, seed: Tensor | None, p: float, gate: Gate | No
 def gradients_dy(
     dy: Tensor, s: Tensor, b: Tensor, scaling: float, need_ds: bool, need_db: bool, gate: Gate | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`scaling * dy b`, gated, in dy's dtype, and `scaling * dy^T s`, in b's; None for what is not needed.
+    """`scaling * dy b` in dy's dtype and `scaling * dy^T s` in b's, gated; None for what is not needed.
 
     Args:
         dy: [m, n]. s: [m, rank], contiguous, in dy's dtype. b: [n, rank], contiguous, any float dtype.
     """
-    (m, n), rank, r, dy = dy.shape, b.shape[1], rank_key(b.shape[1]), _rows(dy)
+    (m, n), rank, r, dy = dy.shape, b.shape[1], _narrow_key(b.shape[1], gate), _rows(dy)
     tile = config("lora_dy", dy.device, m=bucket(m), n=n, r=r, dtype=dy.dtype)
     chunks, parts_of_rank = triton.cdiv(n, tile["BLOCK_N"]), triton.cdiv(rank, tile["BLOCK_R"])
     splits, per_split = _splits(triton.cdiv(m, tile["BLOCK_M"]), chunks * parts_of_rank, dy.device)
@@ -290,20 +334,24 @@ def gradients_dy(
     return sum_parts(ds, dy.dtype) if need_ds else None, sum_parts(db, b.dtype) if need_db else None
 
 
-def gradient_a(x: Tensor, ds: Tensor, seed: Tensor | None, p: float, dtype: torch.dtype) -> Tensor:
-    """`ds^T dropout(x)`.
+def gradient_a(
+    x: Tensor, ds: Tensor, seed: Tensor | None, p: float, dtype: torch.dtype, gate: Gate | None = None
+) -> Tensor:
+    """`ds^T dropout(x)`, gated.
 
     Args:
         x: [m, k]. ds: [m, rank], contiguous, in x's dtype. seed, p: as in `project`. dtype: of the result, [rank, k].
     """
-    (m, k), rank, r, x = x.shape, ds.shape[1], rank_key(ds.shape[1]), _rows(x)
+    (m, k), rank, r, x = x.shape, ds.shape[1], _narrow_key(ds.shape[1], gate), _rows(x)
     seed, threshold, scale, drop = _dropout(seed, p, k, x)
     tile = config("lora_da", x.device, m=bucket(m), k=k, r=r, dtype=x.dtype, drop=drop)
     chunks, parts_of_rank = triton.cdiv(k, tile["BLOCK_K"]), triton.cdiv(rank, tile["BLOCK_R"])
     splits, per_split = _splits(triton.cdiv(m, tile["BLOCK_M"]), chunks * parts_of_rank, x.device)
     parts = torch.empty((splits, rank, k), dtype=torch.float32, device=x.device)
-    arguments = (x, ds, parts, seed, m, k, rank, x.stride(0), threshold, scale, per_split)
-    launch(_da_kernel, (chunks, splits, parts_of_rank), *arguments, fp_fusion=True, DROP=drop, **tile)
+    owner, adapter = gate[:2] if gate else (x, x)
+    arguments = (x, ds, parts, seed, owner, adapter, m, k, rank, x.stride(0), threshold, scale, per_split)
+    constants = {"GATED": gate is not None, "DROP": drop, **tile}
+    launch(_da_kernel, (chunks, splits, parts_of_rank), *arguments, fp_fusion=True, **constants)
     return sum_parts(parts, dtype)
 
 

@@ -278,6 +278,31 @@ def test_what_adapters_do_not_serve_stays_out_of_their_factors():
     torch.testing.assert_close(s[rest], (0.5 * x @ a.t())[rest])
 
 
+@every_p
+def test_what_other_rows_hold_stays_out_of_an_adapter_s_gradients(p):
+    """Rows of adapters that share a program's factors, and of none, may be NaN or infinite."""
+    n, k, ranks = 64, 128, (3, 20, 8)
+    (_, weight), (a, b) = base("nf4", n, k), factors(n, k, sum(ranks))
+    x, dy, branch = torch.randn(60, k), torch.randn(60, n), (a, b, 1.0, draw_seed(p), p)
+    owner = torch.arange(60, dtype=torch.int32) % 4 - 1
+    adapter = torch.repeat_interleave(torch.arange(3), torch.tensor(ranks)).int()
+    gate = low_rank.Gate(owner, adapter, torch.ones(sum(ranks)))
+
+    def results():
+        y, s = lora.lora_linear_4bit(x, *weight, None, *branch, True, gate)
+        return y, *lora.lora_linear_4bit_backward(dy, x, s, *weight, *branch, [True] * 3, gate)
+
+    rows, mine = owner == 1, adapter == 1
+    y, dx, da, db = results()
+    x[owner == -1], dy[owner == -1] = float("nan"), float("inf")
+    x[owner == 0], dy[owner == 0] = float("inf"), float("nan")
+    x[owner == 2], dy[owner == 2] = float("nan"), 1.0
+    y_now, dx_now, da_now, db_now = results()
+    assert torch.equal(y_now[rows], y[rows]) and torch.equal(dx_now[rows], dx[rows])
+    assert torch.equal(da_now[mine], da[mine]) and torch.equal(db_now[:, mine], db[:, mine])
+    assert not da_now[~mine].isfinite().any() and not db_now[:, ~mine].isfinite().any()
+
+
 @pytest.mark.parametrize("suffix", ["4bit", "int8"])
 def test_gradients_of_float32_factors_are_float32_sums(suffix):
     (_, weight), (a, b) = base("int8" if suffix == "int8" else "nf4", 64, 128), factors(64, 128, 8)
