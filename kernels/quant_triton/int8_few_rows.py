@@ -150,6 +150,8 @@ def _(arch, *, m, n, k):
 
 def _few_rows_config(arch, block_n, vectors):
     launched = {"num_warps": vectors // arch.warp, "num_stages": 1}
+    if arch.kind == "cuda":
+        launched["maxnreg"] = 255  # or the assembler may spill a few bytes to make them 168
     return {"BLOCK_N": block_n, "VECTORS": vectors, "DP4A": arch.kind == "cuda", **launched}
 
 

@@ -192,7 +192,10 @@ def _(arch, *, m, n, k, dtype):
         tile = (128, 128, 128 if hopper else 64, 8)
     else:
         tile = (128, 256, 128, 8)
-    return _tile_config(arch, m, n, k, *tile)
+    settings = _tile_config(arch, m, n, k, *tile)
+    if plain and m == 32 and arch.kind == "cuda" and not hopper:
+        settings["maxnreg"] = 128  # or the assembler may spill a few bytes to make them 80
+    return settings
 
 
 @candidates("linear_int8")

@@ -149,7 +149,8 @@ def _(arch: Architecture, *, m: int, n: int, k: int, chunk: int, dtype: torch.dt
     block_m = max(16, min(m, 128))
     tiles = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_K": 128}
     split = splits(triton.cdiv(m, block_m) * triton.cdiv(k, 128), n // 64, arch)
-    return tiles | {"SPLIT": split, "num_warps": 8 if m > 16 else 4, "num_stages": 3}
+    # Products of float32 are the ordinary cores', which hold their operands in registers.
+    return tiles | {"SPLIT": split, "num_warps": 8 if m > 16 or dtype == torch.float32 else 4, "num_stages": 3}
 
 
 @candidates("linear_4bit_dx")

@@ -38,6 +38,11 @@ def _stages(arch: Architecture, bytes_per_stage: int) -> int:
     return max(2, min(4, 1 + arch.shared_memory // (2 * bytes_per_stage)))
 
 
+def _at_most(arch: Architecture, registers: int) -> dict:
+    """Registers that a thread may have, or the assembler spills a few bytes to make them fewer still."""
+    return {"maxnreg": registers} if arch.kind == "cuda" else {}
+
+
 @default_config("lora_project")
 def _(arch: Architecture, *, m: int, k: int, r: int, dtype: torch.dtype, drop: int) -> dict:
     if arch.interpreted:
@@ -56,15 +61,15 @@ def _(arch: Architecture, *, m: int, n: int, r: int, dtype: torch.dtype) -> dict
     if arch.interpreted:
         return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": min(r, 32)}
     if multiplies_slowly(arch, dtype):
-        return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": min(r, 32), "num_warps": 4, "num_stages": 3}
+        tile = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": min(r, 32), "num_warps": 4, "num_stages": 3}
+        return tile | _at_most(arch, 224)
     # ds is written once for each block of columns: wide ones keep that small beside dy itself.
     rows, r = 64 if r <= 16 else 32, min(r, 64 if arch.kind == "hip" else 128)
     columns = {16: 256, 32: 256 if _roomy(arch) else 128, 64: 128, 128: 64}[r]
     warps = 4 if arch.kind == "hip" else 8
     stages = _stages(arch, dtype.itemsize * rows * (columns + r))
     tile = {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_R": r, "num_warps": warps, "num_stages": stages}
-    # Or the assembler spills a few bytes to make it 128.
-    return tile | ({"maxnreg": 224} if arch.kind == "cuda" and not arch.warpgroups else {})
+    return tile if arch.warpgroups else tile | _at_most(arch, 224)
 
 
 @default_config("lora_da")
@@ -76,7 +81,8 @@ def _(arch: Architecture, *, m: int, k: int, r: int, dtype: torch.dtype, drop: i
     rows, r = 32 if drop or r > 64 else 64, min(r, 64 if arch.kind == "hip" else 128)
     columns = 32 if drop == 1 else 128 if r <= 64 else 64
     stages = _stages(arch, dtype.itemsize * rows * (columns + r))
-    return {"BLOCK_M": rows, "BLOCK_K": columns, "BLOCK_R": r, "num_warps": 4, "num_stages": stages}
+    tile = {"BLOCK_M": rows, "BLOCK_K": columns, "BLOCK_R": r, "num_warps": 4, "num_stages": stages}
+    return tile | _at_most(arch, 168) if drop == 1 else tile
 
 
 @default_config("lora_add")
@@ -86,7 +92,8 @@ def _(arch: Architecture, *, m: int, n: int, r: int, dtype: torch.dtype, drop: i
     if multiplies_slowly(arch, dtype):
         return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
     rows = min(max(m, 16), 32 if drop else 64)
-    return {"BLOCK_M": rows, "BLOCK_N": 64 if drop == 1 else 128, "num_warps": 4, "num_stages": 2}
+    tile = {"BLOCK_M": rows, "BLOCK_N": 64 if drop == 1 else 128, "num_warps": 4, "num_stages": 2}
+    return tile | _at_most(arch, 168) if drop else tile
 
 
 @default_config("lora_merge")
