@@ -147,8 +147,12 @@ def _product(m: int, split: bool, dtype: str = "bf16", n: int = 4096, k: int = 4
         missing = {name: None for name, kind in optional(arch).items() if not kind}
         return {**missing, **factors(arch), "SPLIT": split, **tile(arch)}
 
-    tensor = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_100", "sm_120"), r"mma.*m16n8k32.*\.s8\.s8")
-    tensor |= {"sm_90": r"wgmma.*k32\.s32\.s8\.s8", "gfx942": "v_mfma" if dtype == "fp32" else "v_mfma_i32"}
+    tensor = dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), r"mma.*m16n8k32.*\.s8\.s8")
+    tensor |= {
+        "sm_100": r"mma.*(m16n8k32.*\.s8\.s8|kind::i8)",  # Triton 3.7, and 3.9, which has tcgen05 multiply int8
+        "sm_90": r"wgmma.*k32\.s32\.s8\.s8",
+        "gfx942": "v_mfma" if dtype == "fp32" else "v_mfma_i32",
+    }
     return Variant(
         f"linear_int8 {m} rows{' with outliers' if split else ''}{_suffix(rank)} {dtype}",
         int8_many_rows.product_kernel,
