@@ -1,7 +1,8 @@
 """Unsloth as a contestant of the whole-model benchmark, in a process of its own.
 
 Importing it changes transformers and PEFT for everybody in the process. It loads the model as its users do, from a
-folder with bitsandbytes' 4-bit weights, which is written here first.
+folder with bitsandbytes' 4-bit weights, which is written here first. Unsloth 2026.10.9 asks for transformers 5.17.0 at
+most, which is older than the one in constraints.txt.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def child(folder: str) -> None:
 
 
 def missing(device: torch.device) -> str:
-    """Why it cannot run; "" if it can."""
+    """Why it cannot run; "" if it can. On a CPU it trains with bitsandbytes' and PEFT's layers, which are measured."""
     if device.type != "cuda":
         return "runs on GPUs only"
     absent = [module for module in ("unsloth", "bitsandbytes") if find_spec(module) is None]
