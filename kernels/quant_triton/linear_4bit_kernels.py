@@ -184,6 +184,7 @@ def linear_4bit_kernel(
         lora = (lora_s, lora_b, lora_seed, rank, stride_feature, stride_factor, scaling, threshold)
         acc += branch(lora, first_m.to(tl.int64) + existing_row, first_n, n, DTYPE, RANK, DROP, True, BLOCK_N)
     if BIAS:
-        acc += tl.load(bias + feature, mask=(feature < n) & (split == 0), other=0.0).to(tl.float32)[:, None]
+        biased = tl.where(split == 0, n, 0)
+        acc += tl.load(bias + feature, mask=feature < biased, other=0.0).to(tl.float32)[:, None]
     out += (split.to(tl.int64) * m + first_m) * n
     tl.store(out + row[None, :] * n + feature[:, None], acc.to(out.dtype.element_ty), mask=inside)

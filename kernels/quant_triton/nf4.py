@@ -215,10 +215,11 @@ def _embedding_4bit(
     row = tl.load(indices + place).to(tl.int64)
     exists = (row >= 0) & (row < rows)
     start = tl.program_id(1) * BLOCK
+    end = tl.where(exists, dim, 0)  # Triton 3.9's interpreter takes no mask that is a vector & a scalar
     if WORDS:
         # Spans of 32 elements, 4 words, lie in one block each.
         span = start // 32 + tl.arange(0, BLOCK // 32)
-        inside = (span < dim // 32) & exists
+        inside = span < end // 32
         span = row * (dim // 32) + span
         words = packed.to(tl.pointer_type(tl.int32), bitcast=True)
         word = tl.load(words + span[:, None] * 4 + tl.arange(0, 4)[None, :], mask=inside[:, None], other=0)
@@ -228,7 +229,7 @@ def _embedding_4bit(
         value = tl.reshape(value, (BLOCK,))
     else:
         element = row * dim + start + tl.arange(0, BLOCK)
-        inside = (start + tl.arange(0, BLOCK) < dim) & exists
+        inside = start + tl.arange(0, BLOCK) < end
         byte = tl.load(packed + element // 2, mask=inside, other=0).to(tl.int32)
         code = tl.where(element % 2 == 0, byte >> 4, byte & 15)
         block = element // BLOCK_SIZE
