@@ -62,7 +62,7 @@ def _(arch: Architecture, *, m: int, n: int, r: int, dtype: torch.dtype) -> dict
         return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_R": min(r, 32)}
     if multiplies_slowly(arch, dtype):
         tile = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": min(r, 32), "num_warps": 4, "num_stages": 3}
-        return tile | _at_most(arch, 224)
+        return tile | _at_most(arch, 192) if arch.capability <= 80 else tile
     # ds is written once for each block of columns: wide ones keep that small beside dy itself.
     rows, r = 64 if r <= 16 else 32, min(r, 64 if arch.kind == "hip" else 128)
     columns = {16: 256, 32: 256 if _roomy(arch) else 128, 64: 128, 128: 64}[r]
@@ -82,7 +82,7 @@ def _(arch: Architecture, *, m: int, k: int, r: int, dtype: torch.dtype, drop: i
     columns = 32 if drop == 1 else 128 if r <= 64 else 64
     stages = _stages(arch, dtype.itemsize * rows * (columns + r))
     tile = {"BLOCK_M": rows, "BLOCK_K": columns, "BLOCK_R": r, "num_warps": 4, "num_stages": stages}
-    return tile | _at_most(arch, 168) if drop == 1 else tile
+    return tile | _at_most(arch, 168) if drop == 1 and r > 64 else tile
 
 
 @default_config("lora_add")
