@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+# Without ninja on the path PyTorch compiles one file after the other.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 
 .PHONY: demo test lint bench bench-cpu wheel clean

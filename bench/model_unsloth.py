@@ -106,7 +106,7 @@ def child(folder: str) -> None:
 def missing(device: torch.device) -> str:
     """Why it cannot run; "" if it can. On a CPU it trains with bitsandbytes' and PEFT's layers, which are measured."""
     if device.type != "cuda":
-        return "runs on GPUs only"
+        return "its kernels run on GPUs only"
     absent = [module for module in ("unsloth", "bitsandbytes") if find_spec(module) is None]
     return f"{', '.join(absent)} not installed" if absent else ""
 

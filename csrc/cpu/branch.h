@@ -1,5 +1,8 @@
 // The end of a LoRA branch, added to the sums of the base product before they are rounded: y += scaling s b^T.
 // Included after simd.h.
+//
+// W + scaling b a is not decoded instead, as on GPUs: the branch leaves nothing to win. With rank 16 on 4096 x 4096 a
+// product of 8192 rows took 686.0 ms, without the branch 685.6.
 
 // Rows [first, first + count) of b times scaling, turned: out[j * stride + i], for j < rank.
 template <class T>

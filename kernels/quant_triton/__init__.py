@@ -1,5 +1,7 @@
 """Triton kernels for quantized weights; needs nothing but torch and triton.
 
+They are tested under Triton's interpreter and compiled for every GPU they are for; none has run on one yet.
+
 Functions take and return plain tensors, with the arguments of the `torch.ops.quantlib` op of the same name. Those of
 experts (`grouped.py`), `absmax_int8` and `rms_norm_quantize_int8` are no such ops.
 """

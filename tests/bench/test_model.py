@@ -401,4 +401,4 @@ def test_a_process_that_dies_is_a_failure(truth, monkeypatch):
 
 
 def test_unsloth_is_for_gpus():
-    assert model_unsloth.missing(CPU) == "runs on GPUs only"
+    assert model_unsloth.missing(CPU) == "its kernels run on GPUs only"
