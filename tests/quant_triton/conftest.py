@@ -43,15 +43,13 @@ def _run(path: Path, marks: str) -> subprocess.CompletedProcess:
 
 
 class InterpretedTests(pytest.Item):
-    """Passes if all tests of its file do. The first of them starts all, as many at once as there are cores."""
+    """Passes if all tests of its file do."""
 
-    pool = ThreadPoolExecutor(os.cpu_count())
+    # From the start of the session on half of the cores: most other tests keep one busy and go on beside them.
+    pool = ThreadPoolExecutor(max(1, os.cpu_count() // 2))
     runs: ClassVar[dict[Path, Future]] = {}
 
     def runtest(self):
-        if not self.runs:
-            files = [item.path for item in self.session.items if isinstance(item, InterpretedTests)]
-            self.runs.update({path: self.pool.submit(_run, path, self.config.getoption("-m")) for path in files})
         result = self.runs[self.path].result()
         self.add_report_section("call", "under the interpreter", result.stdout + result.stderr)
         # 5: the marks chosen leave no test.
@@ -62,6 +60,12 @@ class InterpretedTests(pytest.Item):
 
     def reportinfo(self):
         return self.path, None, f"{self.path.name} under Triton's interpreter"
+
+
+def pytest_collection_finish(session):
+    for item in () if session.config.option.collectonly else session.items:
+        if isinstance(item, InterpretedTests):
+            item.runs[item.path] = item.pool.submit(_run, item.path, session.config.getoption("-m"))
 
 
 def pytest_sessionfinish():
