@@ -504,7 +504,7 @@ STABLE_TORCH_LIBRARY_IMPL(quantlib, CPU, m) {
 // The Python module: which instruction sets this CPU has, best first, and which one is in force.
 namespace {
 
-constexpr const char* kIsaNames[] = {"cpu-portable", "cpu-avx2", "cpu-avx512"};
+constexpr const char* kIsaNames[] = {"cpu-portable", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16"};
 
 PyObject* cpu_isas(PyObject*, PyObject*) {
   PyObject* names = PyList_New(0);

@@ -92,7 +92,8 @@ def _reference(op: str) -> Callable:
 
 
 _CPU_LEVELS = {
-    "cpu-avx512": "AVX-512 with BF16 and VNNI",
+    "cpu-avx512bf16": "AVX-512 with BF16, VBMI and VNNI",
+    "cpu-avx512": "AVX-512 with VNNI",
     "cpu-avx2": "AVX2, FMA and F16C",
     "cpu-portable": "nothing special",
 }
@@ -212,8 +213,8 @@ class use_backend:
     """Chooses the backend of every op from here on, or within a `with` block.
 
     Args:
-        name: "auto", "cpu" (best level of this CPU), "cpu-avx512", "cpu-avx2", "cpu-portable", "triton", "cuda" or
-            "reference" (plain PyTorch, any device).
+        name: "auto", "cpu" (best level of this CPU), "cpu-avx512bf16", "cpu-avx512", "cpu-avx2", "cpu-portable",
+            "triton", "cuda" or "reference" (plain PyTorch, any device).
 
     Raises:
         ValueError: unknown name. RuntimeError: the backend cannot run on this machine, with the reason.

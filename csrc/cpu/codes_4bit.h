@@ -61,6 +61,7 @@ struct CodePanels {
   }
 };
 
+#if QUANTLIB_LEVEL == 3
 // W for dx, in bfloat16: rows are decoded two at once, side by side as the panel has them, by one table of 32 values,
 // where the fifth bit of an index is the row. One row of dy took 0.8 ms instead of 1.6 (4096 x 4096, two threads).
 struct PairPanels {
@@ -95,3 +96,4 @@ struct PairPanels {
     }
   }
 };
+#endif

@@ -16,7 +16,7 @@ struct bf16 {
 };
 
 enum class DType { f32, f16, bf16 };
-enum class Isa { portable, avx2, avx512 };
+enum class Isa { portable, avx2, avx512, avx512bf16 };
 
 // The instruction set in force: the best one of this CPU unless set_isa chose a lower one.
 Isa best_isa();

@@ -3,7 +3,7 @@
 // A block's 16 possible values dtype(code * absmax) are computed first, one rounding each, so that decoding is a
 // table lookup for every dtype and exact by construction.
 
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL == 3
 // Looks up 64 bytes in a table of 256 floats: vpermi2b looks up in 128 bytes, so each of a float's four bytes takes two
 // of them and a blend, and unpacking puts the bytes together. A quarter of the time of 64 loads.
 struct NestedCodebook {
@@ -96,25 +96,52 @@ SIMD_INLINE void fill(Table<T>& table, const Codebook& codebook, float scale) {
   for (int i = 0; i < 16; ++i) narrow(codebook.code[i] * scale, &table.value[i]);
 }
 
-#if QUANTLIB_LEVEL == 2
-// vpermw looks up 32 16-bit values by the low five bits of each lane; with the 16 values stored twice the fifth bit
-// does not matter, and vpmultishiftqb moves four nibbles of a 16-bit word to the bottom of four lanes at once:
-// three instructions decode 32 weights in order. vpermps does the same for 16 floats.
+#if QUANTLIB_LEVEL >= 2
+// Codes are moved to the bottom of the lanes of an index, in order; what lies above them does not matter. vpermw looks
+// up 32 16-bit values by the low five bits of each lane; with the 16 values stored twice the fifth bit does not matter
+// either. vpermps does the same for 16 floats.
+#if QUANTLIB_LEVEL == 3
+SIMD_INLINE __m512i codes32(const uint8_t* packed) {  // in 16-bit lanes
+  const __m512i shifts = _mm512_set1_epi64(0x3f083f0c3f003f04);
+  return _mm512_multishift_epi64_epi8(shifts, _mm512_cvtepu16_epi64(load_raw<__m128i>(packed)));
+}
+SIMD_INLINE __m512i codes16(const uint8_t* packed) {  // in 32-bit lanes
+  const __m512i shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 36, 32, 44, 40, 52, 48, 60, 56);
+  return _mm512_multishift_epi64_epi8(shifts, _mm512_set1_epi64(load_raw<int64_t>(packed)));
+}
+#else
+SIMD_INLINE __m512i codes32(const uint8_t* packed) {
+  const __m512i fours = _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,  //
+                                                              4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7));
+  const __m512i words = _mm512_permutexvar_epi16(fours, _mm512_castsi128_si512(load_raw<__m128i>(packed)));
+  return _mm512_srlv_epi16(words, _mm512_set1_epi64(0x0008000c00000004));
+}
+SIMD_INLINE __m512i codes16(const uint8_t* packed) {
+  const __m512i eights = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  const __m512i shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
+  const __m512i words = _mm512_castsi128_si512(_mm_loadl_epi64((const __m128i*)packed));
+  return _mm512_srlv_epi32(_mm512_permutexvar_epi32(eights, words), shifts);
+}
+#endif
+
 struct LookupTables {
-  const Codebook& codebook;
   __m512 codes;
 
-  SIMD_INLINE_MEMBER explicit LookupTables(const Codebook& c) : codebook(c), codes(_mm512_loadu_ps(c.code)) {}
+  SIMD_INLINE_MEMBER explicit LookupTables(const Codebook& codebook) : codes(_mm512_loadu_ps(codebook.code)) {}
+#if QUANTLIB_LEVEL == 3
   // Subnormal values become zero, as they are for vdpbf16ps anyway.
   SIMD_INLINE_MEMBER __m512i flushing(float scale) const {
     const __m512 values = _mm512_mul_ps(codes, _mm512_set1_ps(scale));
     return (__m512i)_mm512_cvtne2ps_pbh(values, values);
   }
+#endif
   SIMD_INLINE_MEMBER __m512i operator()(float scale, const bf16*) const {
+#if QUANTLIB_LEVEL == 3
     if (__builtin_expect(!(__builtin_fabsf(scale) < 0x1p-100f), 1)) return flushing(scale);
-    Table<bf16> table;
-    fill(table, codebook, scale);
-    return _mm512_broadcast_i64x4(load_raw<__m256i>(table.value));
+#endif
+    bf16 table[16];
+    store(table, (F32)codes * set1(scale));
+    return _mm512_broadcast_i64x4(load_raw<__m256i>(table));
   }
   SIMD_INLINE_MEMBER __m512i operator()(float scale, const f16*) const {
     const __m512 values = _mm512_mul_ps(codes, _mm512_set1_ps(scale));
@@ -128,20 +155,13 @@ template <class T>
 SIMD_INLINE __m512i lookup_table(const Codebook& codebook, float scale, const T* out) {
   return LookupTables(codebook)(scale, out);
 }
-SIMD_INLINE __m512i lookup32(const uint8_t* packed, __m512i table) {
-  const __m512i shifts = _mm512_set1_epi64(0x3f083f0c3f003f04);
-  const __m512i words = _mm512_cvtepu16_epi64(load_raw<__m128i>(packed));
-  return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(shifts, words), table);
+template <class T>
+SIMD_INLINE void decode32(const uint8_t* packed, __m512i table, T* out) {
+  store_raw(out, _mm512_permutexvar_epi16(codes32(packed), table));
 }
-SIMD_INLINE void decode32(const uint8_t* packed, __m512i table, bf16* out) { store_raw(out, lookup32(packed, table)); }
-SIMD_INLINE void decode32(const uint8_t* packed, __m512i table, f16* out) { store_raw(out, lookup32(packed, table)); }
 SIMD_INLINE void decode32(const uint8_t* packed, __m512i table, float* out) {
-  const __m512i shifts = _mm512_set1_epi64(0x3f3f3f003f3f3f04);
-  for (int half = 0; half < 2; ++half) {
-    const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)(packed + 8 * half)));
-    const __m512i index = _mm512_multishift_epi64_epi8(shifts, bytes);
-    store_raw(out + 16 * half, _mm512_permutexvar_epi32(index, table));
-  }
+  for (int half = 0; half < 2; ++half)
+    store_raw(out + 16 * half, _mm512_permutexvar_epi32(codes16(packed + 8 * half), table));
 }
 #elif QUANTLIB_LEVEL == 1
 // AVX2 permutes eight floats at most: look up in both halves, choose by the nibble's top bit.
@@ -196,7 +216,7 @@ template <class T>
 static void decode(const Weight4bit& w, int64_t begin, int64_t end, T* out) {
   out -= begin;
   int64_t i = begin;
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL >= 2
   // Whole blocks of 64, by far the most usual, from local copies: the compiler must assume that writing to out
   // changes w, and reloading it doubled the time.
   if (w.block_shift == 6 && w.absmax && begin % 64 == 0) {

@@ -1,6 +1,6 @@
 // Exact int8 dot products of up to kTileM rows of x with up to kTileN <= W rows of w. Included after simd.h.
 
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL >= 2
 constexpr int kTileM = 4, kTileN = 6;
 // vpdpbusd multiplies unsigned by signed bytes: x + 128 is unsigned, and 128 * (sum of the row of w) too much,
 // which the caller subtracts. Intermediate wrap-around is harmless modulo 2^32.
@@ -38,7 +38,7 @@ struct Int8Tail {
 };
 
 SIMD_INLINE int32_t row_sum(const int8_t* w, int64_t k) {
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL >= 2
   const __m512i ones = _mm512_set1_epi8(1);
   I32 acc = {};
   int64_t i = 0;

@@ -36,11 +36,10 @@
 #undef QUANTLIB_LEVEL
 #ifdef __clang__
 #pragma clang attribute pop
-#pragma clang attribute push(                                                                                     \
-    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx512vbmi"))), \
-    apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), \
+                             apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx512vbmi")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 #endif
 #define QUANTLIB_ISA avx512
 #define QUANTLIB_LEVEL 2
@@ -49,11 +48,27 @@
 #undef QUANTLIB_LEVEL
 #ifdef __clang__
 #pragma clang attribute pop
+#pragma clang attribute push(                                                                                     \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx512vbmi"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx512bf16,avx512vbmi")
+#endif
+#define QUANTLIB_ISA avx512bf16
+#define QUANTLIB_LEVEL 3
+#include QUANTLIB_SELF
+#undef QUANTLIB_ISA
+#undef QUANTLIB_LEVEL
+#ifdef __clang__
+#pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
-#define QUANTLIB_DISPATCH(function) \
-  (isa() == Isa::avx512 ? avx512::function : isa() == Isa::avx2 ? avx2::function : portable::function)
+#define QUANTLIB_DISPATCH(function)                \
+  (isa() == Isa::avx512bf16 ? avx512bf16::function \
+   : isa() == Isa::avx512   ? avx512::function     \
+   : isa() == Isa::avx2     ? avx2::function       \
+                            : portable::function)
 #else
 #define QUANTLIB_DISPATCH(function) portable::function
 #endif

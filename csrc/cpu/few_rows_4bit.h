@@ -24,7 +24,7 @@ constexpr int64_t kFewAhead = 8;
 // Rows of x are padded to a multiple of this.
 constexpr int64_t kGroup = 128;
 // Rows of the weight at a time: independent chains of sums that share the loads of x, as far as registers go.
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL >= 2
 template <int M>
 constexpr int kFewColumns = M > 3 ? 2 : 4;
 #else
@@ -35,35 +35,14 @@ constexpr int kFewColumns = M > 2   ? 1
 #endif
 
 // What decodes kStep codes of rows of the weight at a time, and how x is laid out for it.
-#if QUANTLIB_LEVEL == 2
-// The codebook in bfloat16, twice: vpermw looks at the low five bits of a 16-bit lane, of which four are the code.
-SIMD_INLINE __m512i codebook_bf16(const Codebook& codebook) {
-  const __m512 codes = _mm512_loadu_ps(codebook.code);
-  return (__m512i)_mm512_cvtne2ps_pbh(codes, codes);
-}
-
-// A 64-byte load holds 128 codes in 32 words of 4; shifted by 0, 4, 8 and 12 bits the words look up codes 1, 0, 3 and 2
-// of each, so x is put in that order first.
-static void put_in_order(const bf16* x, int64_t k, bf16* out) {
-  for (int64_t begin = 0; begin < k; begin += kGroup)
-    for (int64_t i = 0; i < kGroup; i += 32) {
-      const int64_t left = k - begin - i;
-      const __m512i v = _mm512_maskz_loadu_epi16(left >= 32 ? ~0u : 0, x + begin + i);
-#pragma GCC unroll 4
-      for (int64_t s = 0; s < 4; ++s)
-        store_raw(out + begin + 32 * s + i / 4, _mm512_cvtepi64_epi16(_mm512_srli_epi64(v, unsigned(16 * (s ^ 1)))));
-    }
-}
-
+#if QUANTLIB_LEVEL >= 2
 // W codes, in order.
 struct FloatCodes {
   __m512 table;
 
   SIMD_INLINE_MEMBER explicit FloatCodes(const Codebook& codebook) : table(_mm512_loadu_ps(codebook.code)) {}
   SIMD_INLINE_MEMBER F32 operator()(const uint8_t* packed) const {
-    const __m512i shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 36, 32, 44, 40, 52, 48, 60, 56);
-    const __m512i words = _mm512_set1_epi64(load_raw<int64_t>(packed));
-    return (F32)_mm512_permutexvar_ps(_mm512_multishift_epi64_epi8(shifts, words), table);
+    return (F32)_mm512_permutexvar_ps(codes16(packed), table);
   }
 };
 
@@ -174,7 +153,26 @@ static void few_dots(const Weight4bit& w, const float* x, int64_t k, int64_t fir
   add_totals<M, R>(total, out);
 }
 
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL == 3
+// The codebook in bfloat16, twice: vpermw looks at the low five bits of a 16-bit lane, of which four are the code.
+SIMD_INLINE __m512i codebook_bf16(const Codebook& codebook) {
+  const __m512 codes = _mm512_loadu_ps(codebook.code);
+  return (__m512i)_mm512_cvtne2ps_pbh(codes, codes);
+}
+
+// A 64-byte load holds 128 codes in 32 words of 4; shifted by 0, 4, 8 and 12 bits the words look up codes 1, 0, 3 and 2
+// of each, so x is put in that order first.
+static void put_in_order(const bf16* x, int64_t k, bf16* out) {
+  for (int64_t begin = 0; begin < k; begin += kGroup)
+    for (int64_t i = 0; i < kGroup; i += 32) {
+      const int64_t left = k - begin - i;
+      const __m512i v = _mm512_maskz_loadu_epi16(left >= 32 ? ~0u : 0, x + begin + i);
+#pragma GCC unroll 4
+      for (int64_t s = 0; s < 4; ++s)
+        store_raw(out + begin + 32 * s + i / 4, _mm512_cvtepi64_epi16(_mm512_srli_epi64(v, unsigned(16 * (s ^ 1)))));
+    }
+}
+
 // The same in bfloat16. kBlocks: how many blocks a group of 128 has, or 1.
 template <int M, int kBlocks>
 static void few_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t first, int64_t end, int64_t begin,

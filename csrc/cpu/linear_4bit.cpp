@@ -20,7 +20,7 @@ namespace quantlib::QUANTLIB_ISA {
 #if QUANTLIB_LEVEL > 0
 #include "few_rows_4bit.h"
 #endif
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL >= 2
 #include "codes_4bit.h"
 #endif
 
@@ -42,11 +42,11 @@ struct Rows4bit {
 
 #if QUANTLIB_LEVEL > 0
 // Most rows for which dot products beat panels, measured: of bfloat16 and of floats.
-constexpr int64_t kFewRows = 20, kFewFloatRows = QUANTLIB_LEVEL == 2 ? 6 : 24;
+constexpr int64_t kFewRows = 20, kFewFloatRows = QUANTLIB_LEVEL >= 2 ? 6 : 24;
 
 // Returns false if it did not compute y, or not all of it exactly: see few_rows_4bit.h.
 static bool multiply_few(const Linear4bit& a, const Product& product) {
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL == 3
   if (a.dtype == DType::bf16) return a.m <= kFewRows && few_rows<bf16, bf16>(product, a.w);
 #endif
   if (a.m > kFewFloatRows) return false;
@@ -64,7 +64,7 @@ void linear_4bit(const Linear4bit& a) {
   const bool whole_blocks = has_whole_blocks(a.w, a.k);
   if (whole_blocks && multiply_few(a, product)) return;
 #endif
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL >= 2
   if (whole_blocks) {
     multiply(a.dtype, product, [&](int64_t first, int64_t last) { return CodePanels(a.w, a.k, first, last); });
     return;
@@ -78,7 +78,7 @@ void linear_4bit(const Linear4bit& a) {
 void linear_4bit_dx(const Linear4bit& a) {
   const PlainWeight plain(a.w, 0, a.n * a.k);
   const Product product{a.x, nullptr, a.m, a.k, a.n, a.y, nullptr, a.branch};
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL == 3
   if (a.dtype == DType::bf16 && a.k % kColumns == 0) {
     multiply<bf16, bf16>(product, [&](int64_t, int64_t) { return PairPanels{plain.w, a.n, a.k}; });
     return;

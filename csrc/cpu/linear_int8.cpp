@@ -190,7 +190,7 @@ void quantize_int8_columns(DType dtype, const void* x, int64_t rows, int64_t k, 
 }
 
 // Not by __builtin_convertvector, which GCC 12 does element by element here.
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL >= 2
 SIMD_INLINE F32 load(const int8_t* p) { return (F32)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_raw<__m128i>(p))); }
 #elif QUANTLIB_LEVEL == 1
 SIMD_INLINE F32 load(const int8_t* p) {
@@ -211,7 +211,7 @@ SIMD_INLINE void convert_values(const int8_t* in, int64_t n, float* out) {
 }
 SIMD_INLINE void convert_values(const int8_t* in, int64_t n, bf16* out) {
   int64_t i = 0;
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL == 3
   // Whole vectors: two halves stored one by one stalled the load of both that follows.
   for (; i + 2 * W <= n; i += 2 * W)
     store_raw(out + i, _mm512_cvtne2ps_pbh((__m512)load(in + i + W), (__m512)load(in + i)));

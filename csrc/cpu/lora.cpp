@@ -31,7 +31,7 @@ namespace quantlib::QUANTLIB_ISA {
 #include "branch.h"
 #include "matmul.h"
 
-constexpr int kTile = QUANTLIB_LEVEL == 2 ? 4 : 2;
+constexpr int kTile = QUANTLIB_LEVEL >= 2 ? 4 : 2;
 
 // s[r * rank + j] = x row r . a row j for R rows and J rows of a, in float32: sums of kChain vectors, which are summed.
 template <int R, int J, class X, class A>
@@ -111,7 +111,7 @@ template <class X>
 struct MultipliedAs {
   typedef float Element;
 };
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL == 3
 template <>
 struct MultipliedAs<bf16> {
   typedef bf16 Element;

@@ -13,7 +13,7 @@
 //   start(first, count)                             the next kAbreast * kColumns columns, count of them real
 //   build<E>(first, count, begin, length, E* panel) a stretch of a panel
 
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL >= 2
 constexpr int kTileRows = 12;
 #elif QUANTLIB_LEVEL == 1
 constexpr int kTileRows = 6;
@@ -24,7 +24,7 @@ constexpr int kVectors = 2;
 constexpr int64_t kColumns = kVectors * W;
 
 // What int8 is multiplied as: the most to a lane that one instruction multiplies and sums without saturating.
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL >= 2
 typedef int8_t Int;  // vpdpbusd takes x as unsigned: 128 is added to it
 #elif QUANTLIB_LEVEL == 1
 typedef int16_t Int;
@@ -47,10 +47,12 @@ struct SumsOf<Int> {
 };
 
 SIMD_INLINE F32 multiply_add(const float* x, F32 w, F32 acc) { return fma(set1(*x), w, acc); }
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL == 3
 SIMD_INLINE F32 multiply_add(const bf16* x, F32 w, F32 acc) {
   return (F32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)set1(load_raw<int32_t>(x)), (__m512bh)w);
 }
+#endif
+#if QUANTLIB_LEVEL >= 2
 SIMD_INLINE I32 multiply_add(const Int* x, F32 w, I32 acc) {
   return (I32)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)set1(load_raw<int32_t>(x)), (__m512i)w);
 }
@@ -113,7 +115,7 @@ static void tile_times_panel(int64_t rows, const E* x, const E* panel, int64_t s
 // A lane-wise transpose of W rows: rows [i * ldr + step] -> panel [step * kColumns + i]; rows after `last` repeat it.
 // Fills whole groups of W steps, with zeros at the end.
 SIMD_INLINE void transpose(const uint32_t* rows, int64_t ldr, int64_t last, int64_t steps, uint32_t* panel) {
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL >= 2
   for (int64_t s = 0; s < steps; s += 16) {
     const __mmask16 mask = steps - s < 16 ? (1u << (steps - s)) - 1 : 0xffff;
     __m512i a[16], b[16];
@@ -212,7 +214,7 @@ struct RowPanels {
 
 // panel = a[0], b[0], a[1], b[1], ...: kColumns pairs.
 SIMD_INLINE void interleave(const bf16* a, const bf16* b, bf16* panel) {
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL >= 2
   const __m512i low = _mm512_loadu_si512(a), high = _mm512_loadu_si512(b);
   // Lane i of an index vector takes from low (i even) or high (i odd: 32 and up).
   const __m512i lanes = _mm512_cvtepu8_epi32(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
@@ -395,7 +397,7 @@ static void multiply(DType dtype, const Product& p, const MakePanels& panels_of)
     case DType::f16: return multiply<float, f16>(p, panels_of);
     default: break;
   }
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL == 3
   multiply<bf16, bf16>(p, panels_of);
 #else
   multiply<float, bf16>(p, panels_of);

@@ -30,7 +30,7 @@ constexpr int64_t kMaxBlock = 4096;
 constexpr float kMinAbsmax = 1e-38f;
 
 // Number of thresholds strictly below each element; 15 for NaN.
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL >= 2
 struct Ranker {
   __m512 middle, by4, by2, by1;  // thresholds, shifted so that a binary search indexes them by its rank so far
 

@@ -5,7 +5,7 @@
 #define SIMD_INLINE static inline __attribute__((always_inline))
 #define SIMD_INLINE_MEMBER inline __attribute__((always_inline))
 
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL >= 2
 constexpr int W = 16;
 #elif QUANTLIB_LEVEL == 1
 constexpr int W = 8;
@@ -93,7 +93,7 @@ SIMD_INLINE void store(bf16* p, F32 v) {
   const U32 nan = (U32)(v != v);
   store_raw(p, __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), U16));
 }
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL >= 2
 SIMD_INLINE F32 load(const f16* p) { return (F32)_mm512_cvtph_ps(load_raw<__m256i>(p)); }
 SIMD_INLINE void store(f16* p, F32 v) { store_raw(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT)); }
 SIMD_INLINE F32 fma(F32 a, F32 b, F32 c) { return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
@@ -146,7 +146,7 @@ SIMD_INLINE int32_t max(I32 v) {
 
 // Of a comparison's result.
 SIMD_INLINE bool any(I32 mask) {
-#if QUANTLIB_LEVEL == 2
+#if QUANTLIB_LEVEL >= 2
   return _mm512_movepi32_mask((__m512i)mask) != 0;
 #elif QUANTLIB_LEVEL == 1
   return _mm256_movemask_ps((__m256)mask) != 0;
