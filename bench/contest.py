@@ -13,6 +13,7 @@ timed; what does not hold the error budget is reported as wrong, never as fast.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterable
@@ -153,12 +154,15 @@ def judged(entry: Entry, rows: Rows, truth: Results, plain: Results) -> tuple[st
 
 
 def truth_of(case: Case, w: Weights, exact: Callable[[], Tensor]) -> Truth:
-    """The truth for other values of the weights, which are decoded when asked for."""
+    """The truth for other values of the weights, which are decoded once, when first asked for."""
+
+    @functools.cache
+    def own() -> Weights:
+        values = exact()
+        return SimpleNamespace(**{**vars(w), "exact": values, "decoded": values.to(case.dtype)})
 
     def truth(rows: Rows) -> tuple[Results, Results]:
-        values = exact()
-        own = SimpleNamespace(**{**vars(w), "exact": values, "decoded": values.to(case.dtype)})
-        return OPS[case.op].truth(own, rows), OPS[case.op].plain(own, rows)
+        return OPS[case.op].truth(own(), rows), OPS[case.op].plain(own(), rows)
 
     return truth
 

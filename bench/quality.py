@@ -1,11 +1,11 @@
 """Errors of the formats on trained weights: `python -m bench quality`.
 
-The weights are those of the demonstration's base model, which is small but really trained; what the formats lose is
-taken against float64. Three questions, one table each:
+The weights are those of a model of the demonstration's size, small but really trained, now, on the language
+documentation; what the formats lose is taken against float64. Three questions, one table each:
 
 weights      how far are decoded weights, and a layer's outputs computed with them, from the exact ones?
 outliers     what do outlier features cost, with LLM.int8()'s split at each threshold and without it (threshold 0)?
-perplexity   what is left of it in the whole model, on text that the model has not seen?
+perplexity   what is left of it in the whole model, on topics of the documentation that the model has not seen?
 
 Outlier features are planted into the activations ("activations"), into the weights' columns ("weights"), or into the
 activations with the weights divided to match ("both"), which changes nothing of what the model computes: it is how
@@ -37,12 +37,13 @@ from qlora.cli import quiet
 from qlora.data import make_blocks
 from qlora.evaluate import mean_loss
 from qlora.model import Quantization, choose_dtype, load_base, load_tokenizer
-from qlora.pretrain import BaseOptions, cached_base, pretrain
+from qlora.pretrain import BaseOptions, pretrain
 
 CPU = torch.device("cpu")
 OUTLIERS = 6  # planted features; LLM.int8() found at most 7 in models of up to 13 billion parameters
 MAGNITUDES = (1, 8, 32)
 THRESHOLDS = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 16.0, 32.0)
+BASE = BaseOptions(steps=200)  # a minute or two; enough for text of one kind
 TINY = BaseOptions(
     vocab=384, hidden=64, intermediate=128, layers=2, heads=2, positions=64, steps=4, batch_size=4, seq_len=32
 )
@@ -270,7 +271,6 @@ def run(base: Path, quick: bool = False, progress: Callable[[str], None] = print
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `python -m bench quality`."""
-    parser.add_argument("--cache", type=Path, default=Path("demo"), help="where the demonstration keeps its base model")
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model, hardly trained, to see that everything runs"
     )
@@ -283,11 +283,9 @@ def main(args: argparse.Namespace) -> int:
     logging.disable(logging.WARNING)  # bitsandbytes warns at every int8 product of another dtype than float16
     warnings.filterwarnings("ignore", message="MatMul8bitLt")
     with tempfile.TemporaryDirectory() as folder:
-        if args.quick:
-            base = Path(folder) / "base"
-            pretrain(corpus.documentation()[0][:8], base, TINY, progress=False)
-        else:
-            base = cached_base(args.cache, BaseOptions())
+        base = Path(folder) / "base"
+        texts, _ = corpus.documentation()
+        pretrain(texts[:8] if args.quick else texts, base, TINY if args.quick else BASE, progress=not args.quick)
         record = run(base, args.quick, progress=lambda what: print(what, file=sys.stderr, flush=True))
     path = machine.results_dir(args.out) / "quality.json"
     records.write(path, record)

@@ -94,10 +94,10 @@ def _perplexity(record: Record) -> str:
 def _title(record: Record) -> str:
     model = record["model"]
     return (
-        f"The demonstration's base model (hidden {model['hidden']}, {model['layers']} layers, "
+        f"A small trained model (hidden {model['hidden']}, {model['layers']} layers, "
         f"{model['linear_weights']:,} weights in linear layers), {model['dtype']}. Errors are relative distances from "
         f"float64, means over the layers; {model['outliers']} outlier features where planted; perplexity on "
-        f"{model['tokens']:,} tokens of text of another kind than the training's."
+        f"{model['tokens']:,} tokens that it was not trained on."
     )
 
 

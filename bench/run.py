@@ -194,7 +194,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ops", type=names, help=f"comma-separated, of {', '.join(OPS)}")
     parser.add_argument("--rows", type=lambda text: [int(m) for m in text.split(",")], help="only these M")
     parser.add_argument("--peers", type=names, help="comma-separated parts of names; this package is always in")
-    parser.add_argument("--seconds", type=float, help="per case, for all contestants together (default 1.5)")
+    parser.add_argument("--seconds", type=float, help="per case, for all contestants together (default 1)")
     parser.add_argument("--min-rounds", type=int, help="turns of each contestant at least, however slow (default 3)")
     parser.add_argument("--budget", type=float, help="stop after so many seconds; --resume continues")
     parser.add_argument("--resume", action="store_true", help="keep what the record holds, measure the rest")
@@ -208,7 +208,7 @@ def main(args: argparse.Namespace) -> int:
     """
     deadline = time.monotonic() + args.budget if args.budget else math.inf
     if args.seconds is None:
-        args.seconds = 0.01 if args.quick else 1.5
+        args.seconds = 0.01 if args.quick else 1.0
     if args.min_rounds is None:
         args.min_rounds = 1 if args.quick else 3
     args.most_copies = 4 if args.quick else MOST_COPIES

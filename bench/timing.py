@@ -156,15 +156,15 @@ class _Contestant:
         self.next = 0
         self.times: list[float] = []
         self.hosts: list[float] = []
-        elapsed = self.warm_up()
+        start = time.perf_counter()
         self.peak = timer.peak_memory(self.calls[0])
+        elapsed = min([time.perf_counter() - start, *map(self.seconds, self.calls[1:])])
         if elapsed < 10 * TURN:  # else it is too slow for a second look, however much of it was set-up
-            elapsed = self.warm_up()
+            elapsed = min(map(self.seconds, self.calls))
         self.per_turn = max(1, min(10, int(TURN / max(elapsed, 1e-9))))
 
-    def warm_up(self) -> float:
-        """Calls every copy; the least seconds one took."""
-        return min(self.timer.measure(call)[0] for call in self.calls)
+    def seconds(self, call: Call) -> float:
+        return self.timer.measure(call)[0]
 
     def _call(self) -> Call:
         self.next = (self.next + 1) % len(self.calls)
@@ -224,7 +224,8 @@ def measure(
     """Times functions against each other.
 
     Args:
-        functions: name -> callable, or callables that do the same on different copies of their data.
+        functions: name -> callable, or callables that do the same on different copies of their data. The first has
+            been called before, else the memory that it sets up counts as that of a call.
         device: where they compute. seconds: for all of them together, once warm.
         min_rounds, max_rounds: every function takes a turn in each round, and a turn of a short function is up to
             ten calls. The minimum is kept even where it takes longer than `seconds`.
