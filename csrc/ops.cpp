@@ -23,6 +23,17 @@ extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
     int32_t device_type, int32_t device_index, AtenTensorHandle* out, int32_t layout, const uint8_t* metadata,
     int64_t metadata_size, void (*release)(void* data, void* context), void* context);
 
+// Not in every PyTorch.
+extern "C" {
+__attribute__((weak)) AOTITorchError aoti_torch_cpu_mm_out(AtenTensorHandle out, AtenTensorHandle a,
+                                                           AtenTensorHandle b);
+__attribute__((weak)) AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle out, AtenTensorHandle c,
+                                                              AtenTensorHandle a, AtenTensorHandle b, double beta,
+                                                              double alpha);
+__attribute__((weak)) AOTITorchError aoti_torch_cpu__int_mm_out(AtenTensorHandle out, AtenTensorHandle a,
+                                                                AtenTensorHandle b);
+}
+
 namespace quantlib {
 
 namespace {
@@ -63,6 +74,40 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
+
+// A tensor that borrows its data: rows x columns, stored row by row, or column by column if turned.
+Tensor matrix(const void* data, int64_t rows, int64_t columns, int32_t dtype, bool turned = false) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {turned ? 1 : columns, turned ? rows : 1};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<void*>(data), 2, sizes, strides, 0, dtype,
+                                                                   aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+}  // namespace
+
+bool has_onednn() { return aoti_torch_cpu_mm_out && aoti_torch_cpu_addmm_out && aoti_torch_cpu__int_mm_out; }
+
+// Beneath autograd and autocast, which must not look at these tensors.
+void onednn_linear(const bf16* x_, const bf16* w_, bool turned, const bf16* bias_, int64_t m, int64_t n, int64_t k,
+                   bf16* y_) {
+  const int32_t dtype = aoti_torch_dtype_bfloat16();
+  const Tensor x = matrix(x_, m, k, dtype), w = matrix(w_, k, n, dtype, turned), y = matrix(y_, m, n, dtype);
+  if (bias_) {
+    const Tensor bias = matrix(bias_, 1, n, dtype);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), bias.get(), x.get(), w.get(), 1, 1));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(y.get(), x.get(), w.get()));
+  }
+}
+
+void onednn_int8(const int8_t* x_, const int8_t* w_, int64_t m, int64_t n, int64_t k, int32_t* y_) {
+  const Tensor x = matrix(x_, m, k, aoti_torch_dtype_int8()), w = matrix(w_, k, n, aoti_torch_dtype_int8(), true);
+  const Tensor y = matrix(y_, m, n, aoti_torch_dtype_int32());
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__int_mm_out(y.get(), x.get(), w.get()));
+}
+
+namespace {
 
 DType dtype_of(ScalarType type, const char* op) {
   switch (type) {
@@ -504,22 +549,25 @@ STABLE_TORCH_LIBRARY_IMPL(quantlib, CPU, m) {
 // The Python module: which instruction sets this CPU has, best first, and which one is in force.
 namespace {
 
-constexpr const char* kIsaNames[] = {"cpu-portable", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16"};
+constexpr const char* kIsaNames[] = {"cpu-portable", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16", "cpu-onednn"};
 
 PyObject* cpu_isas(PyObject*, PyObject*) {
   PyObject* names = PyList_New(0);
-  for (int i = int(best_isa()); names && i >= 0; --i) {
-    PyObject* name = PyUnicode_FromString(kIsaNames[i]);
+  const auto append = [&](Isa isa) {
+    PyObject* name = names ? PyUnicode_FromString(kIsaNames[int(isa)]) : nullptr;
     if (!name || PyList_Append(names, name) < 0) Py_CLEAR(names);
     Py_XDECREF(name);
-  }
+  };
+  append(best_isa());
+  for (int i = int(last_isa()); i >= 0; --i)
+    if (Isa(i) != best_isa()) append(Isa(i));
   return names;
 }
 
 PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(kIsaNames[int(isa())]); }
 
 PyObject* set_cpu_isa(PyObject*, PyObject* name) {
-  for (int i = 0; i <= int(best_isa()); ++i)
+  for (int i = 0; i <= int(last_isa()); ++i)
     if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, kIsaNames[i]) == 0) {
       set_isa(Isa(i));
       Py_RETURN_NONE;

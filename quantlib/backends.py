@@ -92,6 +92,7 @@ def _reference(op: str) -> Callable:
 
 
 _CPU_LEVELS = {
+    "cpu-onednn": "AVX-512 with BF16, VBMI and VNNI",
     "cpu-avx512bf16": "AVX-512 with BF16, VBMI and VNNI",
     "cpu-avx512": "AVX-512 with VNNI",
     "cpu-avx2": "AVX2, FMA and F16C",
@@ -103,6 +104,12 @@ def _cpu_missing(name: str) -> str:
     if _C is None:
         return _c_missing
     return "" if name in _C.cpu_isas() else f"it needs {_CPU_LEVELS[name]}, which this CPU lacks"
+
+
+def _cpu_manual(name: str) -> str:
+    if _C is None or name != "cpu-onednn" or _C.cpu_isas()[0] == name:
+        return ""
+    return "many rows by PyTorch's oneDNN are for CPUs with AMX, which this one lacks"
 
 
 def _not_installed(*modules: str) -> str:
@@ -146,7 +153,10 @@ _EVERY_OP = tuple(ops.SCHEMAS)
 
 # In the order in which `auto` considers them.
 BACKENDS: tuple[Backend, ...] = (
-    *(Backend(name, "cpu", _EVERY_OP, _registered, _cpu_missing(name)) for name in _CPU_LEVELS),
+    *(
+        Backend(name, "cpu", _EVERY_OP, _registered, _cpu_missing(name), manual=_cpu_manual(name))
+        for name in _CPU_LEVELS
+    ),
     Backend(
         "triton",
         None if _INTERPRETED else "cuda",
@@ -178,7 +188,7 @@ def _find(name: str) -> Backend:
     """The backend called `name`; "cpu" is the best C++ level this CPU supports."""
     if name == "cpu":
         levels = [b for b in BACKENDS if b.device == "cpu"]
-        return next((b for b in levels if not b.missing), levels[-1])
+        return next((b for b in levels if not (b.missing or b.manual)), levels[-1])
     for backend in BACKENDS:
         if backend.name == name:
             return backend
@@ -213,8 +223,8 @@ class use_backend:
     """Chooses the backend of every op from here on, or within a `with` block.
 
     Args:
-        name: "auto", "cpu" (best level of this CPU), "cpu-avx512bf16", "cpu-avx512", "cpu-avx2", "cpu-portable",
-            "triton", "cuda" or "reference" (plain PyTorch, any device).
+        name: "auto", "cpu" (best level of this CPU), "cpu-onednn", "cpu-avx512bf16", "cpu-avx512", "cpu-avx2",
+            "cpu-portable", "triton", "cuda" or "reference" (plain PyTorch, any device).
 
     Raises:
         ValueError: unknown name. RuntimeError: the backend cannot run on this machine, with the reason.

@@ -16,10 +16,13 @@ struct bf16 {
 };
 
 enum class DType { f32, f16, bf16 };
-enum class Isa { portable, avx2, avx512, avx512bf16 };
+// onednn: the kernels of avx512bf16, except that products of many rows of bfloat16 or int8 are PyTorch's.
+enum class Isa { portable, avx2, avx512, avx512bf16, onednn };
 
-// The instruction set in force: the best one of this CPU unless set_isa chose a lower one.
+// The last one that this CPU can run, and the best one: oneDNN's only where it has AMX, which these kernels do not use.
+Isa last_isa();
 Isa best_isa();
+// The one in force: the best unless set_isa chose another.
 Isa isa();
 void set_isa(Isa isa);
 
@@ -36,6 +39,20 @@ void parallel_for(int64_t n, int64_t grain, const F& f) {
       &f);
 }
 
+// Products by PyTorch's oneDNN, all contiguous and none empty. Defined in ops.cpp.
+// y[m, n] = x[m, k] w + bias[n] in bfloat16, rounded once: w[n, k], turned, or w[k, n]; bias may be null.
+void onednn_linear(const bf16* x, const bf16* w, bool turned, const bf16* bias, int64_t m, int64_t n, int64_t k,
+                   bf16* y);
+// y[m, n] = x[m, k] w[n, k]^T, exact.
+void onednn_int8(const int8_t* x, const int8_t* w, int64_t m, int64_t n, int64_t k, int32_t* y);
+bool has_onednn();
+// Whether they are to compute m rows, of bfloat16 or int8. Decoding the weight first must pay: counted, not measured,
+// since no CPU with AMX was at hand.
+inline bool by_onednn(int64_t m, int64_t n, int64_t k) {
+  constexpr int64_t kRows = 32;
+  return isa() == Isa::onednn && m >= kRows && n > 0 && k > 0;
+}
+
 // Asks for huge pages under a buffer about to be written: 8192 page faults for the 32 MiB of a decoded 4096 x 4096
 // weight took 20 ms, ten times what decoding it takes. Does nothing to small buffers.
 void expect_writes(void* data, int64_t bytes);
@@ -43,14 +60,29 @@ void expect_writes(void* data, int64_t bytes);
 // Memory for a result of at least kBlockBytes, 64-byte aligned, contents undefined. malloc returns what is freed from
 // there on to the system at once, so that the pages of the next result are cleared anew: three quarters of the time
 // that decoding a 4096 x 4096 weight took. The last block released is kept instead; until it is needed again the system
-// may take its pages, as memory that nobody uses. None of more than 256 MiB is kept.
+// may take its pages, as memory that nobody uses. None of more than 256 MiB is kept. What comes back at once (brief)
+// may be far larger than asked for.
 constexpr int64_t kBlockBytes = int64_t(32) << 20;
 struct Block {
   void* data;
   int64_t bytes;
 };
-Block* acquire_block(int64_t bytes);
+Block* acquire_block(int64_t bytes, bool brief = false);
 void release_block(Block* block);
+
+// Such a block for a decoded weight or its like, until the end of the scope.
+template <class T>
+class BriefBlock {
+ public:
+  explicit BriefBlock(int64_t count) : block_(acquire_block(count * int64_t(sizeof(T)), true)) {}
+  ~BriefBlock() { release_block(block_); }
+  BriefBlock(const BriefBlock&) = delete;
+  BriefBlock& operator=(const BriefBlock&) = delete;
+  operator T*() const { return static_cast<T*>(block_->data); }
+
+ private:
+  Block* block_;
+};
 
 // This thread's reusable buffer number `slot`, 64-byte aligned, contents undefined. Kept between calls, since the
 // page faults of a fresh megabyte cost more than the work on it; buffers beyond 32 MiB are given back.
@@ -115,6 +147,8 @@ void lora_da(DType dtype, const void* x, int64_t m, int64_t k, const float* ds, 
              DType a_dtype, void* da);
 void lora_dy(DType dtype, const void* dy, int64_t m, int64_t n, DType b_dtype, const void* b, int64_t rank, float* ds,
              const float* s, float scaling, void* db);
+// y[m, n] += the branch.
+void add_branch_to(DType dtype, const Branch& branch, int64_t m, int64_t n, void* y);
 // y[m, n] += dropout of the branch's rows, each rounded to dtype.
 void add_dropped_branch(DType dtype, const Branch& branch, int64_t m, int64_t n, uint64_t seed, double p, void* y);
 

@@ -65,7 +65,7 @@
 #pragma GCC pop_options
 #endif
 #define QUANTLIB_DISPATCH(function)                \
-  (isa() == Isa::avx512bf16 ? avx512bf16::function \
+  (isa() >= Isa::avx512bf16 ? avx512bf16::function \
    : isa() == Isa::avx512   ? avx512::function     \
    : isa() == Isa::avx2     ? avx2::function       \
                             : portable::function)

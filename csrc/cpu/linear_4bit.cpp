@@ -1,12 +1,29 @@
-// y = x W^T + bias and dx = dy W on a 4-bit weight, never holding more of it decoded than a panel.
+// y = x W^T + bias and dx = dy W on a 4-bit weight. No more of it is decoded at a time than a panel, save for oneDNN.
 #ifndef QUANTLIB_ISA
 #define QUANTLIB_SELF "linear_4bit.cpp"
 #include "each_isa.h"
 
 namespace quantlib {
 
-void linear_4bit(const Linear4bit& a) { QUANTLIB_DISPATCH(linear_4bit)(a); }
-void linear_4bit_dx(const Linear4bit& a) { QUANTLIB_DISPATCH(linear_4bit_dx)(a); }
+static bool by_onednn(const Linear4bit& a) { return a.dtype == DType::bf16 && by_onednn(a.m, a.n, a.k); }
+
+// x w in `columns` columns, w decoded first and turned or not.
+static void multiply_decoded(const Linear4bit& a, bool turned, int64_t columns, int64_t depth) {
+  const BriefBlock<bf16> w(a.n * a.k);
+  dequantize_4bit(a.w, a.n * a.k, DType::bf16, w);
+  onednn_linear(static_cast<const bf16*>(a.x), w, turned, static_cast<const bf16*>(a.bias), a.m, columns, depth,
+                static_cast<bf16*>(a.y));
+  add_branch_to(a.dtype, a.branch, a.m, columns, a.y);
+}
+
+void linear_4bit(const Linear4bit& a) {
+  if (by_onednn(a)) return multiply_decoded(a, true, a.n, a.k);
+  QUANTLIB_DISPATCH(linear_4bit)(a);
+}
+void linear_4bit_dx(const Linear4bit& a) {
+  if (by_onednn(a)) return multiply_decoded(a, false, a.k, a.n);
+  QUANTLIB_DISPATCH(linear_4bit_dx)(a);
+}
 
 }  // namespace quantlib
 #else

@@ -24,7 +24,13 @@ void dequantize_int8(const int8_t* values, const float* absmax, bool by_column, 
 }
 
 void linear_int8(const LinearInt8& a) { QUANTLIB_DISPATCH(linear_int8)(a); }
-void linear_int8_dx(const LinearInt8& a) { QUANTLIB_DISPATCH(linear_int8_dx)(a); }
+void linear_int8_dx(const LinearInt8& a) {
+  if (a.dtype != DType::bf16 || !by_onednn(a.m, a.n, a.k)) return QUANTLIB_DISPATCH(linear_int8_dx)(a);
+  const BriefBlock<bf16> w(a.n * a.k);
+  dequantize_int8(a.w, a.w_absmax, false, a.n * a.k, a.k, DType::bf16, w);
+  onednn_linear(static_cast<const bf16*>(a.x), w, false, nullptr, a.m, a.k, a.n, static_cast<bf16*>(a.y));
+  add_branch_to(a.dtype, a.branch, a.m, a.k, a.y);
+}
 
 }  // namespace quantlib
 #else
@@ -393,6 +399,31 @@ static void many_rows(const LinearInt8& a, const Activations& x) {
       });
 }
 
+// Many rows by oneDNN, whose sums are finished afterwards.
+template <class T>
+static void onednn_rows(const LinearInt8& a, const Activations& x) {
+  constexpr int64_t kBytes = 32 << 20, kWide = 4 * kColumns;
+  const int64_t fitting = kBytes / (a.n * int64_t(sizeof(int32_t))) + 1, rows_at_once = a.m < fitting ? a.m : fitting;
+  const BriefBlock<int32_t> sums(rows_at_once * a.n);
+  for (int64_t m0 = 0; m0 < a.m; m0 += rows_at_once) {
+    const int64_t rows = a.m - m0 < rows_at_once ? a.m - m0 : rows_at_once;
+    onednn_int8(x.q + m0 * a.k, a.w, rows, a.n, a.k, sums);
+    parallel_for((a.n + kWide - 1) / kWide, 1, [&](int64_t first, int64_t last) {
+      Columns<kWide> columns(a, x);
+      __builtin_memset(columns.row_sums, 0, sizeof(columns.row_sums));
+      alignas(64) int32_t row[kWide] = {};
+      for (int64_t n = first * kWide; n < a.n && n < last * kWide; n += kWide) {
+        const int64_t count = a.n - n < kWide ? a.n - n : kWide;
+        columns.gather(n, count);
+        for (int64_t r = 0; r < rows; ++r) {
+          __builtin_memcpy(row, sums + r * a.n + n, sizeof(int32_t) * count);
+          columns.finish<T>(m0 + r, n, count, row);
+        }
+      }
+    });
+  }
+}
+
 template <class T>
 static void linear(const LinearInt8& a) {
   // Most rows for which dot products beat panels.
@@ -412,7 +443,7 @@ static void linear(const LinearInt8& a) {
     if (rank) __builtin_memcpy(floats + m * width + count, a.branch.s + m * rank, sizeof(float) * rank);
   }
   const Activations x{q, absmaxes, columns, count, width, floats};
-  (a.m <= kFewRows ? few_rows<T> : many_rows<T>)(a, x);
+  (by_onednn(a.m, a.n, a.k) ? onednn_rows<T> : a.m <= kFewRows ? few_rows<T> : many_rows<T>)(a, x);
 }
 
 void linear_int8(const LinearInt8& a) { QUANTLIB_BY_DTYPE(a.dtype, linear, a); }

@@ -18,6 +18,9 @@ void lora_dy(DType dtype, const void* dy, int64_t m, int64_t n, DType b_dtype, c
              const float* s, float scaling, void* db) {
   QUANTLIB_DISPATCH(lora_dy)(dtype, dy, m, n, b_dtype, b, rank, ds, s, scaling, db);
 }
+void add_branch_to(DType dtype, const Branch& branch, int64_t m, int64_t n, void* y) {
+  if (branch.rank) QUANTLIB_DISPATCH(add_branch_to)(dtype, branch, m, n, y);
+}
 void add_dropped_branch(DType dtype, const Branch& branch, int64_t m, int64_t n, uint64_t seed, double p, void* y) {
   QUANTLIB_DISPATCH(add_dropped_branch)(dtype, branch, m, n, seed, p, y);
 }
@@ -241,6 +244,26 @@ void lora_dy(DType dtype, const void* dy, int64_t m, int64_t n, DType b_dtype, c
              const float* s, float scaling, void* db) {
   const Gradient gradient{rank, scaling, b_dtype, db, 1, rank};
   QUANTLIB_BY_DTYPE(dtype, dy_of, dtype, dy, m, n, b_dtype, b, rank, ds, s, gradient);
+}
+
+template <class T>
+static void add_to(const Branch& branch, int64_t m, int64_t n, void* y_) {
+  constexpr int64_t kRows = 32, kWide = 128;
+  T* const y = static_cast<T*>(y_);
+  parallel_for((m + kRows - 1) / kRows, 1, [&](int64_t first, int64_t last) {
+    alignas(64) float sums[kRows * kWide];
+    for (int64_t r = first * kRows; r < m && r < last * kRows; r += kRows)
+      for (int64_t c = 0; c < n; c += kWide) {
+        const int64_t rows = m - r < kRows ? m - r : kRows, count = n - c < kWide ? n - c : kWide;
+        for (int64_t i = 0; i < rows; ++i) convert(y + (r + i) * n + c, count, sums + i * kWide);
+        add_branch(branch, sums, kWide, r, rows, c, count);
+        for (int64_t i = 0; i < rows; ++i) convert(sums + i * kWide, count, y + (r + i) * n + c);
+      }
+  });
+}
+
+void add_branch_to(DType dtype, const Branch& branch, int64_t m, int64_t n, void* y) {
+  QUANTLIB_BY_DTYPE(dtype, add_to, branch, m, n, y);
 }
 
 template <class T>

@@ -14,7 +14,7 @@
 
 namespace quantlib {
 
-Isa best_isa() {
+Isa last_isa() {
 #if (defined(__x86_64__) || defined(_M_X64)) && defined(__GNUC__)
   unsigned eax, ebx, ecx, edx;  // older clang does not know "f16c"
   const bool has_f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx & bit_F16C;
@@ -23,11 +23,27 @@ Isa best_isa() {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                           __builtin_cpu_supports("avx512vnni");
   if (has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"))
-    return Isa::avx512bf16;
+    return has_onednn() ? Isa::onednn : Isa::avx512bf16;
   if (has_avx512) return Isa::avx512;
   if (has_avx2) return Isa::avx2;
 #endif
   return Isa::portable;
+}
+
+// Without the system's leave to use AMX oneDNN does without, and so correctly.
+static bool has_amx() {
+#if (defined(__x86_64__) || defined(_M_X64)) && defined(__GNUC__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAll) == kAll;
+#else
+  return false;
+#endif
+}
+
+Isa best_isa() {
+  const Isa last = last_isa();
+  return last == Isa::onednn && !has_amx() ? Isa::avx512bf16 : last;
 }
 
 static constexpr int64_t kHuge = int64_t(2) << 20;  // bytes of a huge page
@@ -87,9 +103,9 @@ bool lend_pages(const Block& block) {
 
 }  // namespace
 
-Block* acquire_block(int64_t bytes) {
+Block* acquire_block(int64_t bytes, bool brief) {
   Block* const kept = kept_block.exchange(nullptr);
-  if (kept && kept->bytes >= bytes && kept->bytes / 2 <= bytes) return kept;
+  if (kept && kept->bytes >= bytes && (brief || kept->bytes / 2 <= bytes)) return kept;
   free_block(kept);
   const int64_t rounded = (bytes + kHuge - 1) / kHuge * kHuge;
   void* const data = std::aligned_alloc(kHuge, static_cast<size_t>(rounded));
