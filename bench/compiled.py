@@ -242,8 +242,8 @@ def _facts_by_name(name: str, target: str) -> Facts:
 
 @contextmanager
 def compiling(work: Sequence[tuple[Variant, str]]) -> Iterator[list[Future[Facts]]]:
-    """The facts of variants on targets, to come from as many processes as there are cores."""
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    """The facts of variants on targets, to come from as many processes as there are cores, which others go before."""
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), os.nice, (19,)) as pool:
         yield [pool.submit(_facts_by_name, variant.name, target) for variant, target in work]
         pool.shutdown(cancel_futures=True)
 

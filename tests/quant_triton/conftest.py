@@ -1,5 +1,8 @@
 """Runs the tests of this folder under Triton's interpreter, each file in a process of its own.
 
+They are last, and what they wait for, which is also what test_compiled.py has compiled, starts first: it runs beside
+all other tests, on what these leave of the cores.
+
 Triton decides when a kernel is defined whether it will be interpreted, and the rest of the suite needs its compiler. So
 pytest sees a file here as one test, which runs the file under TRITON_INTERPRET=1. To see or choose single tests:
 
@@ -13,11 +16,13 @@ import os
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
+HERE = Path(__file__).parent
 ROOT = Path(__file__).resolve().parents[2]
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 NEED_THE_COMPILER = ("test_compiled.py",)
@@ -36,16 +41,15 @@ class InterpretedFile(pytest.File):
 
 
 def _run(path: Path, marks: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-m", marks, path]
+    command = ["nice", "-n", "19", sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run([*command, "-m", marks, path], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
 class InterpretedTests(pytest.Item):
     """Passes if all tests of its file do."""
 
-    # From the start of the session on half of the cores: most other tests keep one busy and go on beside them.
     pool = ThreadPoolExecutor(max(1, os.cpu_count() // 2))
     runs: ClassVar[dict[Path, Future]] = {}
 
@@ -62,18 +66,41 @@ class InterpretedTests(pytest.Item):
         return self.path, None, f"{self.path.name} under Triton's interpreter"
 
 
+compilers = ExitStack()
+compiling: dict[str, Future] = {}  # by the test that asks for it
+
+
+@pytest.fixture
+def found(request):
+    """What the kernel of a test's `case` becomes."""
+    return compiling[request.node.nodeid]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.parent == HERE)
+
+
 def pytest_collection_finish(session):
-    for item in () if session.config.option.collectonly else session.items:
+    if session.config.option.collectonly:
+        return
+    for item in session.items:
         if isinstance(item, InterpretedTests):
             item.runs[item.path] = item.pool.submit(_run, item.path, session.config.getoption("-m"))
+    if asking := [item for item in session.items if "found" in getattr(item, "fixturenames", ())]:
+        from bench import compiled
+
+        cases = [item.callspec.params["case"] for item in asking]
+        futures = compilers.enter_context(compiled.compiling(cases))
+        compiling.update(zip([item.nodeid for item in asking], futures, strict=True))
 
 
 def pytest_sessionfinish():
     InterpretedTests.pool.shutdown(cancel_futures=True)
+    compilers.close()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pycollect_makemodule(module_path, parent):
-    if not INTERPRETING and module_path.parent == Path(__file__).parent and module_path.name not in NEED_THE_COMPILER:
+    if not INTERPRETING and module_path.parent == HERE and module_path.name not in NEED_THE_COMPILER:
         return InterpretedFile.from_parent(parent, path=module_path)
     return None

@@ -18,19 +18,10 @@ from quant_triton.launch import ARCHITECTURES
 CASES = [(variant, target) for variant in compiled.variants() for target in variant.targets]
 
 
-@pytest.fixture(scope="module")
-def found(request):
-    """(kernel, target) -> what it becomes, for those that are asked for."""
-    asked = [item.callspec.params for item in request.session.items if "case" in getattr(item, "fixturenames", ())]
-    cases = [params["case"] for params in asked if params["case"] in CASES]
-    with compiled.compiling(cases) as futures:
-        yield {(variant.name, target): future for (variant, target), future in zip(cases, futures, strict=True)}
-
-
 @pytest.mark.parametrize("case", CASES, ids=[f"{v.name}-{t}" for v, t in CASES])
 def test_it_compiles_as_expected(case, found):
     variant, target = case
-    assert complaints(variant, target, found[variant.name, target].result()) == []
+    assert complaints(variant, target, found.result()) == []
 
 
 def test_every_kernel_that_is_launched_is_compiled():
