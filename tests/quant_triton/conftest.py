@@ -50,7 +50,7 @@ def _run(path: Path, marks: str) -> subprocess.CompletedProcess:
 class InterpretedTests(pytest.Item):
     """Passes if all tests of its file do."""
 
-    pool = ThreadPoolExecutor(max(1, os.cpu_count() // 2))
+    pool = ThreadPoolExecutor(os.cpu_count())
     runs: ClassVar[dict[Path, Future]] = {}
 
     def runtest(self):
