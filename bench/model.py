@@ -55,16 +55,13 @@ def _first_line(error: BaseException) -> str:
 
 
 def _prepare(runner: Runner, cell: Cell) -> tuple[Callable[[], Tensor], dict[str, float]]:
-    """What to time, once it has run, with a look at its gradients."""
+    """What to time, after one look at its gradients."""
     ids = runner.tokens(cell.batch, cell.sequence)
     if cell.task == "decode":
-        token = runner.decode(ids)
-        token()
-        return token, {}
+        return runner.decode(ids), {}
     runner.start(cell.checkpointing)
     loss, gradients = runner.gradients(ids)
     norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
-    runner.update()
     return runner.step(ids), {"loss": loss, "gradient_norm": norm}
 
 
@@ -82,6 +79,7 @@ def measure_cell(runners: Sequence[Runner], cell: Cell) -> list[Row]:
         name = runner.contestant.name
         try:
             call, seen[name] = _prepare(runner, cell)
+            call()
             calls[name] = _keeping(call, last, name)
         except torch.OutOfMemoryError:
             raise

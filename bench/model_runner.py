@@ -90,7 +90,6 @@ class Runner:
     def start(self, checkpointing: bool = False) -> None:
         """Adapters and optimizer as new, in training mode."""
         draw_adapters(self.model)
-        self.model.zero_grad()
         self.model.train()
         self.contestant.set_checkpointing(self.model, checkpointing)
         adapters = [p for p in self.model.parameters() if p.requires_grad]
@@ -110,19 +109,16 @@ class Runner:
             norm = 0.0 if gradient is None else gradient.float().norm().item()
             if not 0 < norm < math.inf:
                 raise FloatingPointError(f"the gradient of {name} has norm {norm}")
-        return loss, gradients
-
-    def update(self) -> None:
-        """What is left of a training step after the gradients."""
-        self.optimizer.step()
         self.optimizer.zero_grad()
+        return loss, gradients
 
     def step(self, ids: Tensor) -> Callable[[], Tensor]:
         """A training step: forward, backward, optimizer."""
 
         def run() -> Tensor:
             loss = self._backward(ids)
-            self.update()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
             return loss
 
         return run
