@@ -311,22 +311,30 @@ struct Columns {
   }
 };
 
+// Most rows for which dot products beat panels.
+constexpr int64_t kFewRows = 24;
+
 // Few rows of x: dot products with the rows of the weight as they lie.
 template <class T>
 static void few_rows(const LinearInt8& a, const Activations& x) {
-  parallel_for((a.n + kTileN - 1) / kTileN, 1, [&](int64_t begin, int64_t end) {
-    Columns<W> columns(a, x);
-    for (int64_t n = begin * kTileN; n < end * kTileN && n < a.n; n += kTileN) {
-      const int64_t count = a.n - n < kTileN ? a.n - n : kTileN;
-      const int8_t* w = a.w + n * a.k;
-      for (int64_t j = 0; j < W; ++j) columns.row_sums[j] = j < count && kInt8Offset ? row_sum(w + j * a.k, a.k) : 0;
-      columns.gather(n, count);
-      for (int64_t m = 0; m < a.m; m += kTileM) {
-        const int64_t rows = a.m - m < kTileM ? a.m - m : kTileM;
-        int32_t sums[kTileM][W] = {};
-        dot_rows_int8(x.q + m * a.k, w, a.k, rows, count, sums[0], W);
-        for (int64_t i = 0; i < rows; ++i) columns.finish<T>(m + i, n, count, sums[i]);
+  constexpr int64_t kStrip = 8 * kTileN;  // columns finished at a time: whole vectors
+  parallel_for((a.n + kStrip - 1) / kStrip, 1, [&](int64_t begin, int64_t end) {
+    Columns<kStrip> columns(a, x);
+    __builtin_memset(columns.row_sums, 0, sizeof(columns.row_sums));
+    alignas(64) int32_t sums[kFewRows][kStrip] = {};
+    for (int64_t n = begin * kStrip; n < end * kStrip && n < a.n; n += kStrip) {
+      const int64_t count = a.n - n < kStrip ? a.n - n : kStrip;
+      for (int64_t c = 0; c < count; c += kTileN) {
+        const int64_t width = count - c < kTileN ? count - c : kTileN;
+        const int8_t* w = a.w + (n + c) * a.k;
+        if (kInt8Offset && a.m > kWithSums)
+          for (int64_t j = 0; j < width; ++j) columns.row_sums[c + j] = row_sum(w + j * a.k, a.k);
+        for (int64_t m = 0; m < a.m; m += kTileM)
+          dot_rows_int8(x.q + m * a.k, w, a.k, a.m - m < kTileM ? a.m - m : kTileM, width, sums[m] + c, kStrip,
+                        columns.row_sums + c);
       }
+      columns.gather(n, count);
+      for (int64_t m = 0; m < a.m; ++m) columns.finish<T>(m, n, count, sums[m]);
     }
   });
 }
@@ -426,8 +434,6 @@ static void onednn_rows(const LinearInt8& a, const Activations& x) {
 
 template <class T>
 static void linear(const LinearInt8& a) {
-  // Most rows for which dot products beat panels.
-  constexpr int64_t kFewRows = 24;
   const Scratch<int8_t> q(3, a.m * a.k);
   const Scratch<float> absmaxes(4, a.m);
   const bool split = a.threshold > 0;
