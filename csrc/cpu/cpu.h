@@ -47,10 +47,10 @@ void onednn_linear(const bf16* x, const bf16* w, bool turned, const bf16* bias, 
 void onednn_int8(const int8_t* x, const int8_t* w, int64_t m, int64_t n, int64_t k, int32_t* y);
 bool has_onednn();
 // Whether they are to compute m rows, of bfloat16 or int8. Decoding the weight first must pay: counted, not measured,
-// since no CPU with AMX was at hand.
+// since no CPU with AMX was at hand. PyTorch's int8 product of k = 1 is wrong (2.13).
 inline bool by_onednn(int64_t m, int64_t n, int64_t k) {
   constexpr int64_t kRows = 32;
-  return isa() == Isa::onednn && m >= kRows && n > 0 && k > 0;
+  return isa() == Isa::onednn && m >= kRows && n > 0 && k > 1;
 }
 
 // Asks for huge pages under a buffer about to be written: 8192 page faults for the 32 MiB of a decoded 4096 x 4096
