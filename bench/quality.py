@@ -1,7 +1,7 @@
 """Errors of the formats on trained weights: `python -m bench quality`.
 
-The weights are those of a model of the demonstration's size, small but really trained, now, on the language
-documentation; what the formats lose is taken against float64. Three questions, one table each:
+The weights are those of a model of the demonstration's size, small but really trained: first of all, on Python's
+documentation. What the formats lose is taken against float64. Three questions, one table each:
 
 weights      how far are decoded weights, and a layer's outputs computed with them, from the exact ones?
 outliers     what do outlier features cost, with LLM.int8()'s split at each threshold and without it (threshold 0)?
