@@ -59,7 +59,7 @@ SIMD_INLINE int32_t row_sum(const int8_t* w, int64_t k) {
 }
 
 // out[r * ldo + c] = x row r . w row c; row_sums[c] = the sum of w row c, if M <= kWithSums. w is then read for the
-// first time, and what follows it is fetched, in the order of memory.
+// first time, and what follows it is fetched to L2, in the order of memory.
 template <int M, int N>
 static void dot_tile_int8(const int8_t* x, const int8_t* w, int64_t k, int32_t* out, int64_t ldo, int32_t* row_sums) {
   constexpr int kRows = M <= kWithSums ? M + 1 : M;  // the last of them are ones
@@ -69,7 +69,7 @@ static void dot_tile_int8(const int8_t* x, const int8_t* w, int64_t k, int32_t* 
 #pragma GCC unroll 8
     for (int c = 0; c < N; ++c) {
       b[c] = w_block(at(w + c * k + i));
-      if (kRows > M) __builtin_prefetch(w + N * k + i * N + c * kInt8Step);
+      if (kRows > M) __builtin_prefetch(w + N * k + i * N + c * kInt8Step, 0, 2);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {

@@ -19,7 +19,8 @@ constexpr int64_t kStrip = 64;
 // Bytes of x that stay in L1, of 32 KB at least, while the rows of a strip pass them. With a single row of 28 KB the
 // weights fetched ahead were gone before their turn: out of the cache 1 row took 1.16 and 16 rows 1.13 times as long.
 constexpr int64_t kFewBytes = 24 << 10;
-// Rows of the weight ahead that are fetched.
+// Rows of the weight ahead that are fetched, to L2: in L1 they displaced x, and out of the cache 1 row took 1.14
+// to 1.35 times as long (14336 x 4096, 4096 x 14336).
 constexpr int64_t kFewAhead = 8;
 // Rows of x are padded to a multiple of this.
 constexpr int64_t kGroup = 128;
@@ -103,7 +104,7 @@ struct FewRows {
     }
   }
   SIMD_INLINE_MEMBER void fetch_ahead(int64_t begin, int r) const {
-    __builtin_prefetch(ahead + begin / 2 * ahead_columns + r * ahead_row);
+    __builtin_prefetch(ahead + begin / 2 * ahead_columns + r * ahead_row, 0, 2);
   }
 };
 
