@@ -17,7 +17,8 @@ constexpr int kFewAtOnce = 6;
 // Rows of the weight in one strip, which stays in L2 until all rows of x have passed it.
 constexpr int64_t kStrip = 64;
 // Bytes of x that stay in L1, of 32 KB at least, while the rows of a strip pass them. With a single row of 28 KB the
-// weights fetched ahead were gone before their turn: out of the cache 1 row took 1.16 and 16 rows 1.13 times as long.
+// weights fetched ahead, then to L1, were gone before their turn: out of the cache 1 row took 1.16 and 16 rows 1.13
+// times as long.
 constexpr int64_t kFewBytes = 24 << 10;
 // Rows of the weight ahead that are fetched, to L2: in L1 they displaced x, and out of the cache 1 row took 1.14
 // to 1.35 times as long (14336 x 4096, 4096 x 14336).

@@ -148,3 +148,16 @@ def test_diagnostics_exit_code_when_a_kernel_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(backends.reference, "dropout", lambda x, seed, p: x)
     assert main() == 1
     assert "BROKEN: AssertionError" in capsys.readouterr().out
+
+
+def test_only_cpus_with_amx_take_it_by_themselves(monkeypatch):
+    class WithAmx:
+        cpu_isas = staticmethod(lambda: ["cpu-onednn", "cpu-avx512bf16"])
+
+    class Without:
+        cpu_isas = staticmethod(lambda: ["cpu-avx512bf16", "cpu-onednn"])
+
+    monkeypatch.setattr(backends, "_C", WithAmx)
+    assert backends._cpu_manual("cpu-onednn") == backends._cpu_manual("cpu-avx512bf16") == ""
+    monkeypatch.setattr(backends, "_C", Without)
+    assert "AMX" in backends._cpu_manual("cpu-onednn") and backends._cpu_manual("cpu-avx512bf16") == ""

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import quantlib
-from quantlib import _C, backends
+from quantlib import _C
 
-from .native import DTYPES, assert_same, every_dtype, weight_4bit
+from .native import assert_same, every_dtype, weight_4bit
 
 ops = torch.ops.quantlib
 pytestmark = pytest.mark.skipif("cpu-onednn" not in _C.cpu_isas(), reason="it stands on kernels that need AVX512-BF16")
@@ -52,7 +52,7 @@ def test_int8_is_exact_in_integers(dtype, rows, n, k):
     assert_same(*results)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_other_products_stay_with_the_kernels(dtype):
     """Few rows, and floats that oneDNN has no faster product for."""
     rows = ROWS - 1 if dtype == torch.bfloat16 else 131
@@ -70,16 +70,3 @@ def test_autocast_does_not_reach_beneath_the_op():
         expected = ops.linear_4bit(x, *weight, 96, None)
         with torch.autocast("cpu", torch.float16):
             assert_same(ops.linear_4bit(x, *weight, 96, None), expected)
-
-
-def test_only_cpus_with_amx_take_it_by_themselves(monkeypatch):
-    class WithAmx:
-        cpu_isas = staticmethod(lambda: ["cpu-onednn", "cpu-avx512bf16"])
-
-    class Without:
-        cpu_isas = staticmethod(lambda: ["cpu-avx512bf16", "cpu-onednn"])
-
-    monkeypatch.setattr(backends, "_C", WithAmx)
-    assert backends._cpu_manual("cpu-onednn") == backends._cpu_manual("cpu-avx512bf16") == ""
-    monkeypatch.setattr(backends, "_C", Without)
-    assert "AMX" in backends._cpu_manual("cpu-onednn") and backends._cpu_manual("cpu-avx512bf16") == ""
