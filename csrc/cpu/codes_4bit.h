@@ -11,20 +11,29 @@ SIMD_INLINE __m512i zip(__m512i halves) {
 // W^T: the packed weight is turned, so that a lane has 8 codes of a column, then looked up, scaled and rounded. To
 // scale the sums of blocks instead costs no rounding, but ends a chain every 32 steps: 256 rows took 4% longer.
 struct CodePanels {
-  static constexpr int64_t kAbreast = 1;
+  static constexpr bool kShared = false;
   PlainWeight plain;
-  int64_t k, blocks;
-  Scratch<float> absmax;  // [blocks, kColumns] and what the transpose writes beyond
+  int64_t k, blocks, first_column = 0;
+  Scratch<float> absmaxes;  // of each panel [blocks, kColumns] and what the transpose writes beyond
 
   CodePanels(const Weight4bit& weight, int64_t k, int64_t first, int64_t last)
-      : plain(weight, first * k, last * k), k(k), blocks(k >> weight.block_shift), absmax(3, (blocks + W) * kColumns) {}
+      : plain(weight, first * k, last * k),
+        k(k),
+        blocks(k >> weight.block_shift),
+        absmaxes(3, kAbreast * (blocks + W) * kColumns) {}
 
+  float* absmax_of(int64_t column) const { return absmaxes + (column - first_column) * (blocks + W); }
   void start(int64_t first, int64_t count) {
+    first_column = first;
+    for (int64_t c = 0; c < count; c += kColumns) start_panel(first + c, count - c < kColumns ? count - c : kColumns);
+  }
+  void start_panel(int64_t first, int64_t count) {
+    float* const absmax = absmax_of(first);
     for (int64_t group = 0; group < kColumns; group += W) {
       const int64_t row = first + (group < count ? group : count - 1), last = first + count - 1 - row;
       if (blocks > 0)
         transpose(reinterpret_cast<const uint32_t*>(plain.w.absmax) + row * blocks, blocks, last, blocks,
-                  reinterpret_cast<uint32_t*>(static_cast<float*>(absmax)) + group);
+                  reinterpret_cast<uint32_t*>(absmax) + group);
       for (int64_t i = 0; i < W && blocks == 0; ++i)
         absmax[group + i] = plain.w.absmax[(row + (i < last ? i : last)) * k >> plain.w.block_shift];
     }
@@ -40,6 +49,7 @@ struct CodePanels {
       transpose(reinterpret_cast<const uint32_t*>(packed), k / 8, last, length / 8, words + group);
     }
     const __m512 codebook = _mm512_loadu_ps(plain.w.codebook.code);
+    const float* const absmax = absmax_of(first);
     const int shift = plain.w.block_shift;
     for (int64_t i = 0; i < length; i += 8)
 #pragma GCC unroll 2
@@ -65,7 +75,7 @@ struct CodePanels {
 // W for dx, in bfloat16: rows are decoded two at once, side by side as the panel has them, by one table of 32 values,
 // where the fifth bit of an index is the row. One row of dy took 0.8 ms instead of 1.6 (4096 x 4096, two threads).
 struct PairPanels {
-  static constexpr int64_t kAbreast = kColumnsAbreast;
+  static constexpr bool kShared = true;
   const Weight4bit& w;
   int64_t n, k;
 

@@ -360,11 +360,16 @@ struct RowsInt8 {
 // Many rows: panels for multiply_panels().
 struct PanelsInt8 : RowPanels<RowsInt8> {
   Columns<kColumns> columns;
+  int64_t first_column = 0;
+  alignas(64) int32_t row_sums[kAbreast * kColumns];
 
   PanelsInt8(const RowsInt8& rows, const LinearInt8& a, const Activations& x)
       : RowPanels<RowsInt8>{rows}, columns(a, x) {}
 
-  void start(int64_t, int64_t) { __builtin_memset(columns.row_sums, 0, sizeof(columns.row_sums)); }
+  void start(int64_t first, int64_t) {
+    first_column = first;
+    __builtin_memset(row_sums, 0, sizeof(row_sums));
+  }
   void build(int64_t first, int64_t count, int64_t begin, int64_t length, Int* panel) {
     if (kPer<Int> == 4 && w.k % 4 == 0) {
       for (int64_t group = 0; group < kColumns; group += W) {
@@ -386,7 +391,11 @@ struct PanelsInt8 : RowPanels<RowsInt8> {
       for (int v = 0; v < kVectors; ++v)
         sums[v] = multiply_add(ones, load_raw<F32>(panel + (i * kColumns + v * W) * kPer<Int>), sums[v]);
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) add_to(columns.row_sums + v * W, sums[v]);
+    for (int v = 0; v < kVectors; ++v) add_to(row_sums + first - first_column + v * W, sums[v]);
+  }
+  void gather(int64_t first, int64_t count) {
+    __builtin_memcpy(columns.row_sums, row_sums + first - first_column, sizeof(columns.row_sums));
+    columns.gather(first, count);
   }
 };
 
@@ -401,7 +410,7 @@ static void many_rows(const LinearInt8& a, const Activations& x) {
       },
       [&](int64_t, int64_t) { return PanelsInt8(rows, a, x); },
       [&](PanelsInt8& panels, const Tiling& tiling, const int32_t* sums, int64_t first, int64_t count) {
-        panels.columns.gather(first, count);
+        panels.gather(first, count);
         for (int64_t r = 0; r < tiling.rows; ++r)
           panels.columns.finish<T>(tiling.first + r, first, count, sums + r * kColumns);
       });

@@ -9,9 +9,9 @@
 // the number of threads.
 //
 // Panels is what knows the weight, one per thread, for some of the columns:
-//   kAbreast                                        panels side by side that take turns at a stretch of x
-//   start(first, count)                             the next kAbreast * kColumns columns, count of them real
-//   build<E>(first, count, begin, length, E* panel) a stretch of a panel
+//   kShared                                         whether panels side by side share cache lines of the weight
+//   start(first, count)                             the next columns, at most kAbreast panels of them
+//   build<E>(first, count, begin, length, E* panel) a stretch of one of these panels
 
 #if QUANTLIB_LEVEL >= 2
 constexpr int kTileRows = 12;
@@ -184,11 +184,19 @@ SIMD_INLINE void transpose(const uint32_t* rows, int64_t ldr, int64_t last, int6
 // Elements of the contraction in one panel.
 constexpr int64_t kStretch = 256;
 
+// Panels side by side that take turns at a stretch, where that pays: for panels that share cache lines (of 4 bits, one
+// line has the columns of four: panel after panel, a line had gone when the next one came to it, and with 14336 rows of
+// int8 dx took 1.3 times as long), and for an x that is larger than it may be to be read again for every panel. Its
+// stretches then stay in L2 for the turns, so that the weight is decoded once for four times as many rows: 1024 rows of
+// 14336 took 0.96 of the time. Smaller ones are slower abreast, 32 rows of int8 by a tenth: reading the weight jumps.
+constexpr int64_t kAbreast = 8;
+constexpr int64_t kOftenReadBytes = 4 << 20;
+
 // W^T: decode W rows at a time and turn them. Rows has template <class E> decode(row, begin, end, E* out)
 // and prefetch of what follows such a range in a panel.
 template <class Rows>
 struct RowPanels {
-  static constexpr int64_t kAbreast = 1;
+  static constexpr bool kShared = false;
   const Rows& w;
   void start(int64_t, int64_t) const {}
 
@@ -231,14 +239,10 @@ SIMD_INLINE void interleave(const bf16* a, const bf16* b, bf16* panel) {
 #endif
 }
 
-// Panels of W abreast, whose rows share cache lines: of 4 bits, one line has the columns of four. Panel after panel, a
-// line had gone when the next one came to it: with 14336 rows of int8 dx took 1.3 times as long.
-constexpr int64_t kColumnsAbreast = 4;
-
 // W: its rows are steps, or halves of steps, already. Rows has prefetch_below(row, begin) of what is soon decoded.
 template <class Rows>
 struct ColumnPanels {
-  static constexpr int64_t kAbreast = kColumnsAbreast;
+  static constexpr bool kShared = true;
   Rows source;
   void start(int64_t, int64_t) const {}
 
@@ -266,22 +270,6 @@ struct ColumnPanels {
   }
 };
 
-// Packs `rows` rows as one tile, with zeros to fill a lane. read(row, begin, length, E* out) gives their elements.
-template <class E, class Read>
-static void pack_tile(int64_t rows, int64_t depth, const Read& read, E* out) {
-  alignas(64) E buffer[kStretch];
-  for (int64_t begin = 0; begin < depth; begin += kStretch) {
-    const int64_t length = depth - begin < kStretch ? depth - begin : kStretch;
-    const int64_t steps = (length + kPer<E> - 1) / kPer<E>;
-    uint32_t* lanes = reinterpret_cast<uint32_t*>(out) + begin / kPer<E> * rows;
-    for (int64_t r = 0; r < rows; ++r) {
-      read(r, begin, length, buffer);
-      __builtin_memset(buffer + length, 0, sizeof(E) * (steps * kPer<E> - length));
-      for (int64_t s = 0; s < steps; ++s) lanes[s * rows + r] = load_raw<uint32_t>(buffer + s * kPer<E>);
-    }
-  }
-}
-
 // Rows [first, first + rows) of x in `tiles` tiles, all but the last of the same height.
 struct Tiling {
   int64_t first, rows, tiles, height;
@@ -291,7 +279,38 @@ struct Tiling {
     tiles = (rows + height - 1) / height;
   }
   int64_t rows_of(int64_t tile) const { return rows - tile * height < height ? rows - tile * height : height; }
+  // Where the tile's part of a stretch is packed: stretch after stretch, each of them tile after tile.
+  template <class E>
+  int64_t offset(int64_t tile, int64_t begin, int64_t steps) const {
+    return begin * rows + tile * height * steps * kPer<E>;
+  }
 };
+
+// Packs a tile, with zeros to fill a lane. read(row, begin, length, E* out) gives elements of x.
+template <class E, class Read>
+static void pack_tile(const Tiling& tiling, int64_t tile, int64_t depth, const Read& read, E* packed) {
+  alignas(64) E buffer[kStretch];
+  const int64_t rows = tiling.rows_of(tile), first = tiling.first + tile * tiling.height;
+  for (int64_t begin = 0; begin < depth; begin += kStretch) {
+    const int64_t length = depth - begin < kStretch ? depth - begin : kStretch;
+    const int64_t steps = (length + kPer<E> - 1) / kPer<E>;
+    uint32_t* const lanes = reinterpret_cast<uint32_t*>(packed + tiling.offset<E>(tile, begin, steps));
+    for (int64_t r = 0; r < rows; ++r) {
+      read(first + r, begin, length, buffer);
+      __builtin_memset(buffer + length, 0, sizeof(E) * (steps * kPer<E> - length));
+      for (int64_t s = 0; s < steps; ++s) lanes[s * rows + r] = load_raw<uint32_t>(buffer + s * kPer<E>);
+    }
+  }
+}
+
+// Rows of m, of `bytes` bytes each, for which the weight is decoded once: as many as leave their stretches in L2 and
+// themselves in a large L3, in passes of the same size.
+static int64_t rows_at_once(int64_t m, int64_t bytes) {
+  constexpr int64_t kMost = 1024, kBytes = 16 << 20;
+  const int64_t fitting = (kBytes / (bytes * kTileRows + 1) + 1) * kTileRows, most = fitting < kMost ? fitting : kMost;
+  const int64_t passes = (m + most - 1) / most;
+  return passes > 1 ? (m + passes - 1) / passes : m;
+}
 
 // read(row, begin, length, E* out) gives elements of x; panels_of(first, last) makes the Panels of a thread;
 // finish(panels, tiling, sums, first, count) takes the sums of `count` columns from `first` on, kColumns a row.
@@ -302,28 +321,19 @@ static void multiply_panels(int64_t m, int64_t columns, int64_t depth, const Rea
   typedef typename SumsOf<E>::Sum Sum;
   const int64_t steps = (depth + kPer<E> - 1) / kPer<E>, chain = chain_length<E>(steps);
   const int64_t width = steps * kPer<E>;
-  // The weight is decoded once for so many rows. They are read again for every panel, so they must stay in L3: with
-  // 29 MB of them a product took three times as long.
-  constexpr int64_t kBytesAtOnce = 4 << 20;
-  const int64_t tiles_at_once = kBytesAtOnce / (width * int64_t(sizeof(E)) * kTileRows + 1) + 1;
-  const int64_t rows_at_once = (tiles_at_once < 85 ? tiles_at_once : 85) * kTileRows;
-  const Scratch<E> packed(1, (m < rows_at_once ? m : rows_at_once) * width);
-  for (int64_t m0 = 0; m0 < m; m0 += rows_at_once) {
-    const Tiling tiling(m0, m - m0 < rows_at_once ? m - m0 : rows_at_once);
-    const int64_t tile_size = tiling.height * width;
-    parallel_for(tiling.tiles, (1 << 14) / (tile_size + 1) + 1, [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t)
-        pack_tile(
-            tiling.rows_of(t), depth,
-            [&](int64_t row, int64_t begin, int64_t length, E* out) {
-              read(m0 + t * tiling.height + row, begin, length, out);
-            },
-            packed + t * tile_size);
+  const int64_t most = rows_at_once(m, width * int64_t(sizeof(E)));
+  const bool often_read = most * width * int64_t(sizeof(E)) <= kOftenReadBytes;
+  const int64_t abreast = Panels::kShared || !often_read ? kAbreast : 1;
+  const Scratch<E> packed(1, most * width);
+  for (int64_t m0 = 0; m0 < m; m0 += most) {
+    const Tiling tiling(m0, m - m0 < most ? m - m0 : most);
+    parallel_for(tiling.tiles, (1 << 14) / (tiling.height * width + 1) + 1, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) pack_tile<E>(tiling, t, depth, read, packed);
     });
     parallel_for((columns + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
       const Scratch<E> panel_buffer(0, kStretch * kColumns);
       const int64_t sums_size = tiling.rows * kColumns;
-      const Scratch<Sum> sums(2, Panels::kAbreast * sums_size);
+      const Scratch<Sum> sums(2, abreast * sums_size);
       E* const panel = panel_buffer;
       const int64_t last_column = last * kColumns < columns ? last * kColumns : columns;
       Panels panels = panels_of(first * kColumns, last_column);
@@ -332,17 +342,18 @@ static void multiply_panels(int64_t m, int64_t columns, int64_t depth, const Rea
         for (int64_t c = from; c < end; c += kColumns, to += sums_size)
           visit(c, end - c < kColumns ? end - c : kColumns, to);
       };
-      for (int64_t c0 = first * kColumns; c0 < last_column; c0 += Panels::kAbreast * kColumns) {
-        const int64_t limit = c0 + Panels::kAbreast * kColumns, end = limit < last_column ? limit : last_column;
+      for (int64_t c0 = first * kColumns; c0 < last_column; c0 += abreast * kColumns) {
+        const int64_t limit = c0 + abreast * kColumns, end = limit < last_column ? limit : last_column;
         panels.start(c0, end - c0);
-        __builtin_memset(sums, 0, sizeof(Sum) * Panels::kAbreast * sums_size);
+        each(c0, end, [&](int64_t, int64_t, Sum* to) { __builtin_memset(to, 0, sizeof(Sum) * sums_size); });
         for (int64_t begin = 0; begin < depth; begin += kStretch) {
           const int64_t length = depth - begin < kStretch ? depth - begin : kStretch;
+          const int64_t part = (length + kPer<E> - 1) / kPer<E>;
           each(c0, end, [&](int64_t c, int64_t count, Sum* to) {
             panels.build(c, count, begin, length, panel);
             for (int64_t t = 0; t < tiling.tiles; ++t)
-              tile_times_panel<kTileRows>(tiling.rows_of(t), packed + t * tile_size + begin * tiling.rows_of(t), panel,
-                                          (length + kPer<E> - 1) / kPer<E>, chain, to + t * tiling.height * kColumns);
+              tile_times_panel<kTileRows>(tiling.rows_of(t), packed + tiling.offset<E>(t, begin, part), panel, part,
+                                          chain, to + t * tiling.height * kColumns);
           });
         }
         each(c0, end, [&](int64_t c, int64_t count, Sum* from) { finish(panels, tiling, from, c, count); });

@@ -17,6 +17,7 @@ from .native import (
     nested,
     quant_types,
     tensors,
+    threads,
     weight_4bit,
 )
 
@@ -129,6 +130,20 @@ def test_linear_and_gradient_within_error_budget(isa, dtype, m, n, k, block_size
     assert_error_within(no_bias, reference.linear_4bit(x, *weight, n, None), exact)
     exact = reference.linear_4bit_dx(dy.double(), *weight, k)
     assert_error_within(dx, reference.linear_4bit_dx(dy, *weight, k), exact, factor=1.5)
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k, block_size", [(57 * 64, 64), (2048, 4096)])
+def test_linear_with_rows_that_panels_take_turns_at(isa, dtype, k, block_size):
+    """More bytes of x than are read again for every panel, in two passes; one thread, so that it has many panels."""
+    m, n = 1400, 333
+    weight = weight_4bit(n, k, block_size)
+    x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+    with threads(1), use_backend(isa):
+        y = ops.linear_4bit(x, *weight, n, bias)
+    exact = reference.linear_4bit(x.double(), *weight, n, bias.double())
+    assert_error_within(y, reference.linear_4bit(x, *weight, n, bias), exact)
 
 
 @every_isa
@@ -255,14 +270,10 @@ def test_linear_is_reproducible_for_any_number_of_threads(isa, dtype, m):
     n, k = 260, 512
     weight = weight_4bit(n, k)
     x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 7):
-            torch.set_num_threads(count)
-            with use_backend(isa):
-                results.append((ops.linear_4bit(x, *weight, n, None), ops.linear_4bit_dx(dy, *weight, k)))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 7):
+        with threads(count), use_backend(isa):
+            results.append((ops.linear_4bit(x, *weight, n, None), ops.linear_4bit_dx(dy, *weight, k)))
     for y, dx in results[1:]:
         assert_same(y, results[0][0])
         assert_same(dx, results[0][1])

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from quantlib import reference, use_backend
 
-from .native import assert_error_within, assert_same, dtypes, every_dtype, every_isa, forall, tensors
+from .native import assert_error_within, assert_same, dtypes, every_dtype, every_isa, forall, tensors, threads
 
 ops = torch.ops.quantlib
 
@@ -66,6 +66,19 @@ def test_linear_equals_the_exact_result(isa, dtype, m, n, k, threshold):
     scale = exact.abs().max().item()
     tolerance = torch.finfo(dtype).eps / 2 + 2e-6
     torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=2e-6 * scale)
+
+
+@every_isa
+@pytest.mark.parametrize("k", [4500, 4501])
+def test_linear_with_rows_that_panels_take_turns_at(isa, k):
+    """More bytes of x than are read again for every panel, in two passes; one thread, so that it has many panels."""
+    m, n, threshold = 1900, 333, 4.0
+    values, absmax = int8_weight(n, k)
+    x = torch.randn(m, k)
+    with threads(1), use_backend(isa):
+        y = ops.linear_int8(x, values, absmax, None, threshold)
+    expected = reference.linear_int8(x, values, absmax, None, threshold)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
 @every_isa
@@ -136,14 +149,10 @@ def test_extreme_products_do_not_saturate(isa):
 def test_linear_is_reproducible_for_any_number_of_threads(isa):
     values, absmax = int8_weight(200, 512)
     x = torch.randn(30, 512) * 3
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 7):
-            torch.set_num_threads(count)
-            with use_backend(isa):
-                results.append(ops.linear_int8(x, values, absmax, None, 6.0))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 7):
+        with threads(count), use_backend(isa):
+            results.append(ops.linear_int8(x, values, absmax, None, 6.0))
     assert_same(results[1], results[0])
     assert_same(results[2], results[0])
 
