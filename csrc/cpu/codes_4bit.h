@@ -39,6 +39,7 @@ struct CodePanels {
     }
   }
 
+  void fetch_ahead(int64_t, int64_t, int64_t, int64_t, int64_t) const {}  // build() does: half as much
   template <class E>
   void build(int64_t first, int64_t count, int64_t begin, int64_t length, E* panel) const {
     alignas(64) uint32_t words[kStretch / 8 * kColumns];
@@ -80,6 +81,7 @@ struct PairPanels {
   int64_t n, k;
 
   void start(int64_t, int64_t) const {}
+  void fetch_ahead(int64_t, int64_t, int64_t, int64_t, int64_t) const {}
   void build(int64_t first, int64_t, int64_t begin, int64_t length, bf16* panel) const {
     const float* const absmax = w.absmax;
     const int shift = w.block_shift;

@@ -374,7 +374,6 @@ struct PanelsInt8 : RowPanels<RowsInt8> {
     if (kPer<Int> == 4 && w.k % 4 == 0) {
       for (int64_t group = 0; group < kColumns; group += W) {
         const int64_t row = first + (group < count ? group : count - 1), last = first + count - 1 - row;
-        for (int64_t i = 0; i < W; ++i) w.prefetch(row + i, begin, begin + length);
         transpose(reinterpret_cast<const uint32_t*>(w.values + row * w.k + begin), w.k / 4, last, length / 4,
                   reinterpret_cast<uint32_t*>(panel) + group);
       }
