@@ -5,19 +5,17 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from bench import records
+from tests.threads import threads
 
 RECORDED = Path(__file__).parent / "recorded.json"
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,7 @@ from bench.model_contestants import (
 )
 from bench.model_split import GROUPS, group_times, split
 from quantlib import Linear4bit
+from tests.threads import threads
 
 CPU = torch.device("cpu")
 TINY = SHAPES["tiny"]
@@ -42,10 +43,8 @@ GPU_ONLY = ("Unsloth", "bitsandbytes + PEFT + Liger", "quantlib + Liger")
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     """Matrices this small are multiplied faster by one thread than by several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

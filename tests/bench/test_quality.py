@@ -9,15 +9,14 @@ from bench import quality, quality_report, records
 from bench.__main__ import main
 from bench.quality_formats import formats, has_bitsandbytes
 from qlora.model import Quantization
+from tests.threads import threads
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     """Matrices this small are multiplied faster by one thread than by several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,10 @@
 from pydoc_data.topics import topics
 
 import pytest
-import torch
 
 from qlora.cli import quiet
 from qlora.pretrain import BaseOptions, pretrain
+from tests.threads import threads
 
 quiet()
 TINY = BaseOptions(
@@ -18,10 +18,8 @@ TOPICS = [topics[name] for name in ("assert", "break", "continue", "del", "if", 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Matrices this small are multiplied faster by one thread than by several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """What the tests of the C++ kernels share: instruction sets, hypothesis strategies, comparisons."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -42,16 +40,6 @@ def tensors(draw, min_dims=1, max_dims=3, max_side=70, special=True):
     elif layout == "strided":
         x = torch.stack((x, x), -1)[..., 0]
     return x
-
-
-@contextmanager
-def threads(count):
-    usual = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(usual)
 
 
 def nested(absmax):

@@ -5,6 +5,7 @@ import torch
 from hypothesis import strategies as st
 
 from quantlib import reference, use_backend
+from tests.threads import threads
 
 from .native import (
     assert_error_within,
@@ -17,7 +18,6 @@ from .native import (
     nested,
     quant_types,
     tensors,
-    threads,
     weight_4bit,
 )
 

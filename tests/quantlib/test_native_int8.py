@@ -5,8 +5,9 @@ import torch
 from hypothesis import strategies as st
 
 from quantlib import reference, use_backend
+from tests.threads import threads
 
-from .native import assert_error_within, assert_same, dtypes, every_dtype, every_isa, forall, tensors, threads
+from .native import assert_error_within, assert_same, dtypes, every_dtype, every_isa, forall, tensors
 
 ops = torch.ops.quantlib
 
