@@ -15,11 +15,11 @@ static bool has_whole_blocks(const Weight4bit& w, int64_t k) {
 // The most rows of x that are multiplied by decoded codes at once.
 constexpr int kFewAtOnce = 6;
 // Rows of the weight in one strip, which stays in L2 until all rows of x have passed it.
-constexpr int64_t kStrip = 64;
-// Bytes of x that stay in L1, of 32 KB at least, while the rows of a strip pass them. With a single row of 28 KB the
-// weights fetched ahead, then to L1, were gone before their turn: out of the cache 1 row took 1.16 and 16 rows 1.13
-// times as long.
-constexpr int64_t kFewBytes = 24 << 10;
+constexpr int64_t kStrip = 32;
+// Bytes of x that pass a strip at once. AVX2 loads x for each product, so it must stay in L1, of 32 KB at least: without
+// this limit 4 rows took 1.08 times as long, 6 rows 1.19. AVX-512 loads it half as often and has room in L2: with it
+// 4 rows took 1.12 and 6 rows 1.13 times as long out of the cache, as rows of the weight were read in parts.
+constexpr int64_t kFewBytes = QUANTLIB_LEVEL >= 2 ? 256 << 10 : 24 << 10;
 // Rows of the weight ahead that are fetched, to L2: in L1 they displaced x, and out of the cache 1 row took 1.14
 // to 1.35 times as long (14336 x 4096, 4096 x 14336).
 constexpr int64_t kFewAhead = 8;

@@ -147,6 +147,20 @@ def test_linear_with_rows_that_panels_take_turns_at(isa, dtype, k, block_size):
 
 
 @every_isa
+@every_dtype
+@pytest.mark.parametrize("k, block_size", [(22592, 64), (22560, 32)])
+def test_linear_with_few_long_rows(isa, dtype, k, block_size):
+    """More bytes of x than pass the weight at once, in parts of which the last ends within a group of 128."""
+    m, n = 6, 70
+    weight = weight_4bit(n, k, block_size)
+    x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+    with use_backend(isa):
+        y = ops.linear_4bit(x, *weight, n, bias)
+    exact = reference.linear_4bit(x.double(), *weight, n, bias.double())
+    assert_error_within(y, reference.linear_4bit(x, *weight, n, bias), exact)
+
+
+@every_isa
 @forall(x=tensors(special=False), n=st.integers(0, 50), block_size=block_sizes, double_quant=st.booleans())
 def test_linear_any_shape_and_stride(isa, x, n, block_size, double_quant):
     k = x.shape[-1]
