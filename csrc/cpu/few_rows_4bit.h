@@ -4,7 +4,8 @@
 // x is multiplied by the codebook's values and the sum over each block by its absmax, in float32: no table is filled
 // per block, and nothing is rounded but the codebook where x is bfloat16. A sum over a block may be finite, infinite or
 // NaN where the sum of products with the weights is not, if absmax is not finite or x is huge. The result is never
-// finite then, so the caller looks for that and computes it anew.
+// finite then, so the caller looks for that and computes it anew. From kScaledRows rows of bfloat16 on, scaling the
+// sums costs more than scaling the codebook of each block, once for all rows of x.
 
 // Rows of the weight begin at a multiple of 16 bytes, and blocks do not straddle them.
 static bool has_whole_blocks(const Weight4bit& w, int64_t k) {
@@ -14,11 +15,12 @@ static bool has_whole_blocks(const Weight4bit& w, int64_t k) {
 
 // The most rows of x that are multiplied by decoded codes at once.
 constexpr int kFewAtOnce = 6;
-// Rows of the weight in one strip, which stays in L2 until all rows of x have passed it.
-constexpr int64_t kStrip = 32;
-// Bytes of x that pass a strip at once. AVX2 loads x for each product, so it must stay in L1, of 32 KB at least: without
-// this limit 4 rows took 1.08 times as long, 6 rows 1.19. AVX-512 loads it half as often and has room in L2: with it
-// 4 rows took 1.12 and 6 rows 1.13 times as long out of the cache, as rows of the weight were read in parts.
+// Rows of the weight in one strip, which stays in L2 until all rows of x have passed it; a multiple of what is taken at
+// a time.
+constexpr int64_t kStrip = 48;
+// Bytes of x that pass a strip at once. AVX2 loads x for each product, so it must stay in L1, of 32 KB at least:
+// without this limit 4 rows took 1.08 times as long, 6 rows 1.19. AVX-512 loads it half as often and has room in L2:
+// with it 4 rows took 1.12 and 6 rows 1.13 times as long out of the cache, as rows of the weight were read in parts.
 constexpr int64_t kFewBytes = QUANTLIB_LEVEL >= 2 ? 256 << 10 : 24 << 10;
 // Rows of the weight ahead that are fetched, to L2: in L1 they displaced x, and out of the cache 1 row took 1.14
 // to 1.35 times as long (14336 x 4096, 4096 x 14336).
@@ -114,7 +116,7 @@ template <int M, int R>
 SIMD_INLINE void add_totals(const F32* total, float* out) {
   float all[M * R];
   sums<M * R>(total, all);
-#pragma GCC unroll 16
+#pragma GCC unroll 18
   for (int i = 0; i < M * R; ++i) out[i / R * kStrip + i % R] += all[i];
 }
 
@@ -175,7 +177,27 @@ static void put_in_order(const bf16* x, int64_t k, bf16* out) {
     }
 }
 
-// The same in bfloat16. kBlocks: how many blocks a group of 128 has, or 1.
+// sums[m * R + r] += x row m . the 128 codes of row r of the weight as lookup(r, codes) finds them; after the lookups
+// of each quarter q come between(q) and the products.
+template <int M, int R, class Lookup, class Between>
+SIMD_INLINE void add_products(const bf16* x, int64_t length, const __m512i* codes, const Lookup& lookup,
+                              const Between& between, F32* sums) {
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    __m512bh b[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) b[r] = (__m512bh)lookup(r, _mm512_srli_epi16(codes[r], 4 * q));
+    between(q);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const __m512bh a = load_raw<__m512bh>(x + m * length + 32 * q);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sums[m * R + r] = (F32)_mm512_dpbf16_ps((__m512)sums[m * R + r], a, b[r]);
+    }
+  }
+}
+
+// The same as above in bfloat16. kBlocks: how many blocks a group of 128 has, or 1.
 template <int M, int kBlocks>
 static void few_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t first, int64_t end, int64_t begin,
                      int64_t stop, float* out) {
@@ -188,29 +210,21 @@ static void few_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t firs
   F32 total[M * R] = {};
   const auto group = [&](int64_t begin, auto load_codes, auto load_scale) __attribute__((always_inline)) {
     __m512i codes[R];
-    __m512 sum[M * R] = {};
+    F32 sum[M * R] = {};
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       codes[r] = load_codes(rows.packed[r] + begin / 2);
       rows.fetch_ahead(begin, r);
     }
-#pragma GCC unroll 4
-    for (int s = 0; s < 4; ++s) {
-      __m512bh b[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) b[r] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes[r], 4 * s), table);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        const __m512bh a = load_raw<__m512bh>(x + m * length + begin + 32 * s);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sum[m * R + r] = _mm512_dpbf16_ps(sum[m * R + r], a, b[r]);
-      }
-    }
+    add_products<M, R>(
+        x + begin, length, codes,
+        [&](int, __m512i index) __attribute__((always_inline)) { return _mm512_permutexvar_epi16(index, table); },
+        [](int) __attribute__((always_inline)) {}, sum);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const F32 scale = load_scale(absmax + ((rows.origin[r] + begin) >> shift));
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) total[m * R + r] = fma((F32)sum[m * R + r], scale, total[m * R + r]);
+      for (int m = 0; m < M; ++m) total[m * R + r] = fma(sum[m * R + r], scale, total[m * R + r]);
     }
   };
   const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
@@ -239,15 +253,86 @@ static void few_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t firs
   add_totals<M, R>(total, out);
 }
 
+// Rows of x from which the codebook is scaled, and rows of the weight at a time then.
+constexpr int kScaledRows = 4, kScaledColumns = 3;
+
+// The same for blocks of 64 and more, each of which has its own table: the codebook times absmax, rounded to bfloat16
+// as dequantize_4bit rounds. A group of 128 has kBlocks blocks, side by side in one table, where the fifth bit of an
+// index is the block. Tables are made a group ahead: made when they were wanted, 4 to 6 rows took 1.06 to 1.17 times as
+// long in L1, so that scaling sums was as fast.
+template <int M, int kBlocks>
+static void few_scaled_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t first, int64_t end, int64_t begin,
+                            int64_t stop, float* out) {
+  constexpr int R = kScaledColumns;
+  const __m512 codebook = _mm512_loadu_ps(w.codebook.code);
+  const __m512i nibble = _mm512_set1_epi16(15);
+  const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+  const FewRows<R> rows(w, k, first, end, begin == 0 && stop == k);
+  const int64_t length = (k + kGroup - 1) / kGroup * kGroup;
+  const float* const absmax = w.absmax;
+  const int shift = w.block_shift;
+  const auto table_of = [&](int r, int64_t begin) __attribute__((always_inline)) {
+    const float* const scale = absmax + ((rows.origin[r] + begin) >> shift);
+    const int other = kBlocks == 2 && begin + 64 < stop ? 1 : 0;
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(codebook, _mm512_set1_ps(scale[other])),
+                                        _mm512_mul_ps(codebook, _mm512_set1_ps(*scale)));
+  };
+  F32 total[M * R] = {};
+  __m512i table[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) table[r] = table_of(r, begin);
+  const auto group = [&](int64_t begin, auto load_codes) __attribute__((always_inline)) {
+    const int64_t next = begin + kGroup < stop ? begin + kGroup : begin;
+    __m512i codes[R], next_table[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      codes[r] = load_codes(rows.packed[r] + begin / 2);
+      rows.fetch_ahead(begin, r);
+    }
+    add_products<M, R>(
+        x + begin, length, codes,
+        [&](int r, __m512i index) __attribute__((always_inline)) {
+          if (kBlocks == 2) index = _mm512_ternarylogic_epi64(index, nibble, second, 0xea);  // index & nibble | second
+          return _mm512_permutexvar_epi16(index, table[r]);
+        },
+        [&](int q) __attribute__((always_inline)) {
+          if (q < R) next_table[q] = table_of(q, next);
+        },
+        total);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) table[r] = next_table[r];
+  };
+  for (; begin + kGroup <= stop; begin += kGroup)
+    group(begin, [](const uint8_t* p) __attribute__((always_inline)) { return _mm512_loadu_si512(p); });
+  if (begin < stop)
+    group(begin, [&](const uint8_t* p) __attribute__((always_inline)) {
+      return _mm512_maskz_loadu_epi64((1 << (stop - begin) / 16) - 1, p);
+    });
+  add_totals<M, R>(total, out);
+}
+
+// Rows [first, last) of the weight.
 template <int M>
-static void few_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t first, int64_t end, int64_t begin,
-                     int64_t stop, float* out) {
-  const auto dots = w.block_shift == 5 && k >= 32   ? few_dots<M, 4>
-                    : w.block_shift == 6 && k >= 64 ? few_dots<M, 2>
-                                                    : few_dots<M, 1>;
-  dots(w, x, k, first, end, begin, stop, out);
+static void strip_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t first, int64_t last, int64_t begin,
+                       int64_t stop, float* out) {
+  const auto each = [&](auto dots, int64_t columns) {
+    for (int64_t n = first; n < last; n += columns) dots(w, x, k, n, last, begin, stop, out + n - first);
+  };
+  const bool pairs = w.block_shift == 6 && k >= 64;
+  if (w.block_shift == 5)
+    each(few_dots<M, 4>, kFewColumns<M>);
+  else if constexpr (M < kScaledRows)
+    each(pairs ? few_dots<M, 2> : few_dots<M, 1>, kFewColumns<M>);
+  else
+    each(pairs ? few_scaled_dots<M, 2> : few_scaled_dots<M, 1>, kScaledColumns);
 }
 #endif
+
+template <int M>
+static void strip_dots(const Weight4bit& w, const float* x, int64_t k, int64_t first, int64_t last, int64_t begin,
+                       int64_t stop, float* out) {
+  for (int64_t n = first; n < last; n += kFewColumns<M>) few_dots<M>(w, x, k, n, last, begin, stop, out + n - first);
+}
 
 // `rows` <= M rows of x, put in order, times rows [first, last) of the weight, kStrip at most: rows m and on of y.
 // Returns whether all is finite.
@@ -260,8 +345,7 @@ static bool few_rows(const Product& p, const Weight4bit& w, const E* x, int64_t 
   const int64_t stretches = (p.depth * M * int64_t(sizeof(E)) + kFewBytes - 1) / kFewBytes;
   const int64_t depth = (p.depth / stretches + kGroup - 1) / kGroup * kGroup;
   for (int64_t k = 0; k < p.depth; k += depth)
-    for (int64_t n = first; n < last; n += kFewColumns<M>)
-      few_dots<M>(w, x, p.depth, n, last, k, k + depth < p.depth ? k + depth : p.depth, sums + n - first);
+    strip_dots<M>(w, x, p.depth, first, last, k, k + depth < p.depth ? k + depth : p.depth, sums);
   I32 odd = {};
   for (int i = 0; i < M * kStrip; i += W) odd |= magnitude(load(sums + i)) >= kInf;
   finish<T>(p, sums, kStrip, m, M, first, last - first);

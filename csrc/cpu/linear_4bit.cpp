@@ -59,7 +59,7 @@ struct Rows4bit {
 
 #if QUANTLIB_LEVEL > 0
 // Most rows for which dot products beat panels, measured: of bfloat16 and of floats.
-constexpr int64_t kFewRows = 20, kFewFloatRows = QUANTLIB_LEVEL >= 2 ? 6 : 24;
+constexpr int64_t kFewRows = 32, kFewFloatRows = QUANTLIB_LEVEL >= 2 ? 6 : 24;
 
 // Returns false if it did not compute y, or not all of it exactly: see few_rows_4bit.h.
 static bool multiply_few(const Linear4bit& a, const Product& product) {
