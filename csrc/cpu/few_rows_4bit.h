@@ -180,8 +180,8 @@ static void put_in_order(const bf16* x, int64_t k, bf16* out) {
 // sums[m * R + r] += x row m . the 128 codes of row r of the weight as lookup(r, codes) finds them; after the lookups
 // of each quarter q come between(q) and the products.
 template <int M, int R, class Lookup, class Between>
-SIMD_INLINE void add_products(const bf16* x, int64_t length, const __m512i* codes, const Lookup& lookup,
-                              const Between& between, F32* sums) {
+SIMD_INLINE void add_group(const bf16* x, int64_t length, const __m512i* codes, const Lookup& lookup,
+                           const Between& between, F32* sums) {
 #pragma GCC unroll 4
   for (int q = 0; q < 4; ++q) {
     __m512bh b[R];
@@ -216,7 +216,7 @@ static void few_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t firs
       codes[r] = load_codes(rows.packed[r] + begin / 2);
       rows.fetch_ahead(begin, r);
     }
-    add_products<M, R>(
+    add_group<M, R>(
         x + begin, length, codes,
         [&](int, __m512i index) __attribute__((always_inline)) { return _mm512_permutexvar_epi16(index, table); },
         [](int) __attribute__((always_inline)) {}, sum);
@@ -289,7 +289,7 @@ static void few_scaled_dots(const Weight4bit& w, const bf16* x, int64_t k, int64
       codes[r] = load_codes(rows.packed[r] + begin / 2);
       rows.fetch_ahead(begin, r);
     }
-    add_products<M, R>(
+    add_group<M, R>(
         x + begin, length, codes,
         [&](int r, __m512i index) __attribute__((always_inline)) {
           if (kBlocks == 2) index = _mm512_ternarylogic_epi64(index, nibble, second, 0xea);  // index & nibble | second
