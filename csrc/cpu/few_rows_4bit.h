@@ -177,11 +177,17 @@ static void put_in_order(const bf16* x, int64_t k, bf16* out) {
     }
 }
 
-// sums[m * R + r] += x row m . the 128 codes of row r of the weight as lookup(r, codes) finds them; after the lookups
-// of each quarter q come between(q) and the products.
-template <int M, int R, class Lookup, class Between>
-SIMD_INLINE void add_group(const bf16* x, int64_t length, const __m512i* codes, const Lookup& lookup,
-                           const Between& between, F32* sums) {
+// sums[m * R + r] += x row m . the 128 codes from column `begin` of row r of the weight, as load finds them and
+// lookup(r, codes) their values; after the lookups of each quarter q come between(q) and the products.
+template <int M, int R, class Load, class Lookup, class Between>
+SIMD_INLINE void add_group(const FewRows<R>& rows, const bf16* x, int64_t length, int64_t begin, const Load& load,
+                           const Lookup& lookup, const Between& between, F32* sums) {
+  __m512i codes[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    codes[r] = load(rows.packed[r] + begin / 2);
+    rows.fetch_ahead(begin, r);
+  }
 #pragma GCC unroll 4
   for (int q = 0; q < 4; ++q) {
     __m512bh b[R];
@@ -190,7 +196,7 @@ SIMD_INLINE void add_group(const bf16* x, int64_t length, const __m512i* codes, 
     between(q);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const __m512bh a = load_raw<__m512bh>(x + m * length + 32 * q);
+      const __m512bh a = load_raw<__m512bh>(x + m * length + begin + 32 * q);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) sums[m * R + r] = (F32)_mm512_dpbf16_ps((__m512)sums[m * R + r], a, b[r]);
     }
@@ -209,15 +215,9 @@ static void few_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t firs
   const int shift = w.block_shift;
   F32 total[M * R] = {};
   const auto group = [&](int64_t begin, auto load_codes, auto load_scale) __attribute__((always_inline)) {
-    __m512i codes[R];
     F32 sum[M * R] = {};
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      codes[r] = load_codes(rows.packed[r] + begin / 2);
-      rows.fetch_ahead(begin, r);
-    }
     add_group<M, R>(
-        x + begin, length, codes,
+        rows, x, length, begin, load_codes,
         [&](int, __m512i index) __attribute__((always_inline)) { return _mm512_permutexvar_epi16(index, table); },
         [](int) __attribute__((always_inline)) {}, sum);
 #pragma GCC unroll 4
@@ -283,14 +283,9 @@ static void few_scaled_dots(const Weight4bit& w, const bf16* x, int64_t k, int64
   for (int r = 0; r < R; ++r) table[r] = table_of(r, begin);
   const auto group = [&](int64_t begin, auto load_codes) __attribute__((always_inline)) {
     const int64_t next = begin + kGroup < stop ? begin + kGroup : begin;
-    __m512i codes[R], next_table[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      codes[r] = load_codes(rows.packed[r] + begin / 2);
-      rows.fetch_ahead(begin, r);
-    }
+    __m512i next_table[R];
     add_group<M, R>(
-        x + begin, length, codes,
+        rows, x, length, begin, load_codes,
         [&](int r, __m512i index) __attribute__((always_inline)) {
           if (kBlocks == 2) index = _mm512_ternarylogic_epi64(index, nibble, second, 0xea);  // index & nibble | second
           return _mm512_permutexvar_epi16(index, table[r]);
