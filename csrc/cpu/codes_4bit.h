@@ -85,7 +85,7 @@ struct PairPanels {
   void build(int64_t first, int64_t, int64_t begin, int64_t length, bf16* panel) const {
     const float* const absmax = w.absmax;
     const int shift = w.block_shift;
-    const __m512 codes = _mm512_loadu_ps(w.codebook.code);
+    const LookupTables tables(w.codebook);
     // Of every word, a byte of each row, the nibbles: high ones first.
     const __m512i nibbles = _mm512_set1_epi64(0x00080000000c0004);
     const __m512i nibble = _mm512_set1_epi16(15), second = _mm512_set1_epi32(16 << 16);
@@ -95,8 +95,7 @@ struct PairPanels {
       __builtin_prefetch(packed + 16 * k + k / 2, 0, 2);
       const bool pair = row + 1 < n;
       const float low = absmax[(row * k + first) >> shift], high = pair ? absmax[((row + 1) * k + first) >> shift] : 0;
-      const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(codes, _mm512_set1_ps(high)),
-                                                         _mm512_mul_ps(codes, _mm512_set1_ps(low)));
+      const __m512i table = tables.flushing(low, high);
       const __m128i a = load_raw<__m128i>(packed), b = load_raw<__m128i>(packed + (pair ? k / 2 : 0));
       const __m128i words[kVectors] = {_mm_unpacklo_epi8(a, b), _mm_unpackhi_epi8(a, b)};
 #pragma GCC unroll 2

@@ -129,15 +129,15 @@ struct LookupTables {
 
   SIMD_INLINE_MEMBER explicit LookupTables(const Codebook& codebook) : codes(_mm512_loadu_ps(codebook.code)) {}
 #if QUANTLIB_LEVEL == 3
-  // Subnormal values become zero, as they are for vdpbf16ps anyway.
-  SIMD_INLINE_MEMBER __m512i flushing(float scale) const {
-    const __m512 values = _mm512_mul_ps(codes, _mm512_set1_ps(scale));
-    return (__m512i)_mm512_cvtne2ps_pbh(values, values);
+  // Two tables of bfloat16, side by side. Subnormal values become zero, as they are for vdpbf16ps anyway.
+  SIMD_INLINE_MEMBER __m512i flushing(float low, float high) const {
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(codes, _mm512_set1_ps(high)),
+                                        _mm512_mul_ps(codes, _mm512_set1_ps(low)));
   }
 #endif
   SIMD_INLINE_MEMBER __m512i operator()(float scale, const bf16*) const {
 #if QUANTLIB_LEVEL == 3
-    if (__builtin_expect(!(__builtin_fabsf(scale) < 0x1p-100f), 1)) return flushing(scale);
+    if (__builtin_expect(!(__builtin_fabsf(scale) < 0x1p-100f), 1)) return flushing(scale, scale);
 #endif
     bf16 table[16];
     store(table, (F32)codes * set1(scale));

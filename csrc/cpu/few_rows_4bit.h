@@ -16,7 +16,7 @@ static bool has_whole_blocks(const Weight4bit& w, int64_t k) {
 // The most rows of x that are multiplied by decoded codes at once.
 constexpr int kFewAtOnce = 6;
 // Rows of the weight in one strip, which stays in L2 until all rows of x have passed it; a multiple of what is taken at
-// a time.
+// a time and of W.
 constexpr int64_t kStrip = 48;
 // Bytes of x that pass a strip at once. AVX2 loads x for each product, so it must stay in L1, of 32 KB at least:
 // without this limit 4 rows took 1.08 times as long, 6 rows 1.19. AVX-512 loads it half as often and has room in L2:
@@ -27,6 +27,7 @@ constexpr int64_t kFewBytes = QUANTLIB_LEVEL >= 2 ? 256 << 10 : 24 << 10;
 constexpr int64_t kFewAhead = 8;
 // Rows of x are padded to a multiple of this.
 constexpr int64_t kGroup = 128;
+static int64_t padded(int64_t k) { return (k + kGroup - 1) / kGroup * kGroup; }
 // Rows of the weight at a time: independent chains of sums that share the loads of x, as far as registers go.
 #if QUANTLIB_LEVEL >= 2
 template <int M>
@@ -127,7 +128,7 @@ static void few_dots(const Weight4bit& w, const float* x, int64_t k, int64_t fir
   constexpr int R = kFewColumns<M>;
   const FloatCodes codes(w.codebook);
   const FewRows<R> rows(w, k, first, end, begin == 0 && stop == k);
-  const int64_t length = (k + kGroup - 1) / kGroup * kGroup;
+  const int64_t length = padded(k);
   const float* const absmax = w.absmax;
   const int shift = w.block_shift;
   const int64_t chunk = shift < 7 ? int64_t(1) << shift : 128;  // lies in one block
@@ -210,7 +211,7 @@ static void few_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t firs
   constexpr int R = kFewColumns<M>;
   const __m512i table = codebook_bf16(w.codebook);
   const FewRows<R> rows(w, k, first, end, begin == 0 && stop == k);
-  const int64_t length = (k + kGroup - 1) / kGroup * kGroup;
+  const int64_t length = padded(k);
   const float* const absmax = w.absmax;
   const int shift = w.block_shift;
   F32 total[M * R] = {};
@@ -264,18 +265,16 @@ template <int M, int kBlocks>
 static void few_scaled_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t first, int64_t end, int64_t begin,
                             int64_t stop, float* out) {
   constexpr int R = kScaledColumns;
-  const __m512 codebook = _mm512_loadu_ps(w.codebook.code);
+  const LookupTables tables(w.codebook);
   const __m512i nibble = _mm512_set1_epi16(15);
   const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
   const FewRows<R> rows(w, k, first, end, begin == 0 && stop == k);
-  const int64_t length = (k + kGroup - 1) / kGroup * kGroup;
+  const int64_t length = padded(k);
   const float* const absmax = w.absmax;
   const int shift = w.block_shift;
   const auto table_of = [&](int r, int64_t begin) __attribute__((always_inline)) {
     const float* const scale = absmax + ((rows.origin[r] + begin) >> shift);
-    const int other = kBlocks == 2 && begin + 64 < stop ? 1 : 0;
-    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(codebook, _mm512_set1_ps(scale[other])),
-                                        _mm512_mul_ps(codebook, _mm512_set1_ps(*scale)));
+    return tables.flushing(*scale, scale[kBlocks == 2 && begin + 64 < stop ? 1 : 0]);
   };
   F32 total[M * R] = {};
   __m512i table[R];
@@ -338,7 +337,7 @@ static bool few_rows(const Product& p, const Weight4bit& w, const E* x, int64_t 
     if (rows < M) return few_rows<T, E, M - 1>(p, w, x, m, rows, first, last);
   float sums[M * kStrip] = {};
   const int64_t stretches = (p.depth * M * int64_t(sizeof(E)) + kFewBytes - 1) / kFewBytes;
-  const int64_t depth = (p.depth / stretches + kGroup - 1) / kGroup * kGroup;
+  const int64_t depth = padded(p.depth / stretches);
   for (int64_t k = 0; k < p.depth; k += depth)
     strip_dots<M>(w, x, p.depth, first, last, k, k + depth < p.depth ? k + depth : p.depth, sums);
   I32 odd = {};
@@ -350,7 +349,7 @@ static bool few_rows(const Product& p, const Weight4bit& w, const E* x, int64_t 
 // y = x W^T + bias, x and y of type T, multiplied as E. Returns whether all is finite.
 template <class E, class T>
 static bool few_rows(const Product& p, const Weight4bit& weight) {
-  const int64_t length = (p.depth + kGroup - 1) / kGroup * kGroup;
+  const int64_t length = padded(p.depth);
   const int64_t passes = (p.m + kFewAtOnce - 1) / kFewAtOnce;
   const Scratch<E> x(1, p.m * length);
   for (int64_t m = 0; m < p.m; ++m) put_in_order(static_cast<const T*>(p.x) + m * p.depth, p.depth, x + m * length);
