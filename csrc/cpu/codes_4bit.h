@@ -1,20 +1,76 @@
 // Panels that are decoded from the codes of a 4-bit weight, many at once.
 // Included after few_rows_4bit.h; AVX-512 only.
 
-// The 16-bit lanes of the low and the high half in turn.
-SIMD_INLINE __m512i zip(__m512i halves) {
-  const __m512i lanes = _mm512_cvtepu8_epi32(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-  const __m512i index = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(16)), 16));
-  return _mm512_permutexvar_epi16(index, halves);
+#if QUANTLIB_LEVEL == 3
+// Turns 8 rows of lanes of 64 bits: row i begins i * row_bytes later; rows after `last` repeat it. Fills whole groups
+// of 8 steps, with zeros at the end.
+SIMD_INLINE void transpose64(const uint8_t* rows, int64_t row_bytes, int64_t last, int64_t steps, uint64_t* panel) {
+  for (int64_t s = 0; s < steps; s += 8) {
+    const __mmask8 mask = steps - s < 8 ? (1u << (steps - s)) - 1 : 0xff;
+    __m512i a[8], b[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) a[i] = _mm512_maskz_loadu_epi64(mask, rows + (i < last ? i : last) * row_bytes + 8 * s);
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+      b[i] = _mm512_unpacklo_epi64(a[i], a[i + 1]);
+      b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      a[i] = _mm512_shuffle_i32x4(b[i], b[i + 2], 0x88);
+      a[i + 2] = _mm512_shuffle_i32x4(b[i], b[i + 2], 0xdd);
+      a[i + 4] = _mm512_shuffle_i32x4(b[i + 4], b[i + 6], 0x88);
+      a[i + 6] = _mm512_shuffle_i32x4(b[i + 4], b[i + 6], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      _mm512_storeu_si512(panel + (s + i) * kColumns, _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88));
+      _mm512_storeu_si512(panel + (s + 4 + i) * kColumns, _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd));
+    }
+  }
 }
 
-// W^T: the packed weight is turned, so that a lane has 8 codes of a column, then looked up, scaled and rounded. To
-// scale the sums of blocks instead costs no rounding, but ends a chain every 32 steps: 256 rows took 4% longer.
-struct CodePanels {
-  static constexpr bool kShared = false;
+// Looks up, scales and rounds the codes of a panel: for every 8 steps, columns of 16 codes side by side, of which step
+// i takes code i and code i + 8. Two neighbouring floats are then of one column, and converting two vectors of them to
+// one of bfloat16 leaves every pair in its place. absmax is laid out alike.
+struct DecodeTurned {
+  const uint64_t* codes;
+  const float* absmax;
+  int block_shift;
+  __m512 codebook;
+  bf16* panel;
+
+  SIMD_INLINE_MEMBER void operator()(int64_t step, F32* w) const {
+    const uint64_t* const words = codes + step / 8 * kColumns;
+    const float* const scales = absmax + (step / 8 * 16 >> block_shift) * 2 * kColumns;
+    const __m512i bits = _mm512_set1_epi32(int(4 * (step % 8)));
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      __m512 half[2];
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const int column = v * W + i * 8;
+        const __m512i index = _mm512_srlv_epi32(_mm512_load_si512(words + column), bits);
+        half[i] = _mm512_mul_ps(_mm512_permutexvar_ps(index, codebook), _mm512_load_ps(scales + 2 * column));
+      }
+      w[v] = (F32)_mm512_cvtne2ps_pbh(half[1], half[0]);
+      store_raw(panel + 2 * (step * kColumns + v * W), w[v]);
+    }
+  }
+};
+#endif
+
+// W^T: the packed weight is turned, so that a lane has the codes of a column, then looked up, scaled and rounded;
+// floats at once, since a step ahead of their products 7 and 12 rows took 1.08 times as long. To scale the sums of
+// blocks instead costs no rounding, but ends a chain every 32 steps: 256 rows took 4% longer.
+struct CodePanels : AnyPanels {
   PlainWeight plain;
   int64_t k, blocks, first_column = 0;
   Scratch<float> absmaxes;  // of each panel [blocks, kColumns] and what the transpose writes beyond
+#if QUANTLIB_LEVEL == 3
+  alignas(64) uint64_t codes[kStretch / 16 * kColumns];
+  alignas(64) float scales[kStretch / 32 * 2 * kColumns];  // of blocks of 32 and more
+#endif
 
   CodePanels(const Weight4bit& weight, int64_t k, int64_t first, int64_t last)
       : plain(weight, first * k, last * k),
@@ -39,72 +95,105 @@ struct CodePanels {
     }
   }
 
-  void fetch_ahead(int64_t, int64_t, int64_t, int64_t, int64_t) const {}  // build() does: half as much
-  template <class E>
-  void build(int64_t first, int64_t count, int64_t begin, int64_t length, E* panel) const {
+  void fetch(int64_t first, int64_t begin, int64_t from, int64_t to) const {
+    for (int64_t c = from; c < to; ++c)
+      for (int64_t i = begin; i < begin + kStretch; i += 128)
+        __builtin_prefetch(plain.w.packed + ((first + c) * k + i) / 2, 0, 2);
+  }
+
+  Stored<float> build(int64_t first, int64_t count, int64_t begin, int64_t length, float* panel) const {
     alignas(64) uint32_t words[kStretch / 8 * kColumns];
     for (int64_t group = 0; group < kColumns; group += W) {
       const int64_t row = first + (group < count ? group : count - 1), last = first + count - 1 - row;
       const uint8_t* packed = plain.w.packed + (row * k + begin) / 2;
-      for (int64_t i = 0; i < W; ++i) prefetch_next(plain.w, k, kColumns, row + i, begin, begin + length);
       transpose(reinterpret_cast<const uint32_t*>(packed), k / 8, last, length / 8, words + group);
     }
     const __m512 codebook = _mm512_loadu_ps(plain.w.codebook.code);
     const float* const absmax = absmax_of(first);
-    const int shift = plain.w.block_shift;
     for (int64_t i = 0; i < length; i += 8)
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
         const __m512i codes = load_raw<__m512i>(words + i / 8 * kColumns + v * W);
-        const __m512 scale = _mm512_loadu_ps(absmax + ((begin + i) >> shift) * kColumns + v * W);
-        const auto weight = [&](int s) __attribute__((always_inline)) {  // the high nibble of a byte comes first
-          return _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, unsigned(4 * (s ^ 1))), codebook), scale);
-        };
+        const __m512 scale = _mm512_loadu_ps(absmax + ((begin + i) >> plain.w.block_shift) * kColumns + v * W);
 #pragma GCC unroll 8
-        for (int s = 0; s < 8; s += int(kPer<E>)) {
-          E* const at = panel + (i + s) * kColumns + v * W * kPer<E>;
-          if constexpr (kPer<E> == 1)
-            store_raw(at, weight(s));
-          else
-            store_raw(at, zip((__m512i)_mm512_cvtne2ps_pbh(weight(s + 1), weight(s))));
+        for (int s = 0; s < 8; ++s) {  // the high nibble of a byte comes first
+          const __m512i index = _mm512_srli_epi32(codes, unsigned(4 * (s ^ 1)));
+          store_raw(panel + (i + s) * kColumns + v * W, _mm512_mul_ps(_mm512_permutexvar_ps(index, codebook), scale));
         }
       }
+    return {panel};
   }
+
+#if QUANTLIB_LEVEL == 3
+  DecodedSteps<DecodeTurned> build(int64_t first, int64_t count, int64_t begin, int64_t length, bf16* panel) {
+    for (int64_t group = 0; group < kColumns; group += 8) {
+      const int64_t row = first + (group < count ? group : count - 1), last = first + count - 1 - row;
+      transpose64(plain.w.packed + (row * k + begin) / 2, k / 2, last, length / 16, codes + group);
+    }
+    const int shift = plain.w.block_shift;
+    const float* const absmax = absmax_of(first) + (begin >> shift) * kColumns;
+    for (int64_t i = 0; i < (((length - 1) >> shift) + 1) * kColumns; i += 8) {
+      const __m512i v = _mm512_cvtepu32_epi64(load_raw<__m256i>(absmax + i));
+      store_raw(scales + 2 * i, _mm512_or_si512(v, _mm512_slli_epi64(v, 32)));
+    }
+    return {{codes, scales, shift, _mm512_loadu_ps(plain.w.codebook.code), panel}, length / 2 - 1, {}};
+  }
+  // The nibbles of a word are codes 1, 0, 3, 2, ...
+  using AnyPanels::put_in_order;
+  static void put_in_order(int64_t length, bf16* x) {
+    const __m512i pairs = _mm512_setr_epi32(0x90001, 0x80000, 0xb0003, 0xa0002, 0xd0005, 0xc0004, 0xf0007, 0xe0006,  //
+                                            0x190011, 0x180010, 0x1b0013, 0x1a0012,                                  //
+                                            0x1d0015, 0x1c0014, 0x1f0017, 0x1e0016);
+    for (int64_t i = 0; i < length; i += 32)
+      store_raw(x + i, _mm512_permutexvar_epi16(pairs, load_raw<__m512i>(x + i)));
+  }
+#endif
 };
 
 #if QUANTLIB_LEVEL == 3
 // W for dx, in bfloat16: rows are decoded two at once, side by side as the panel has them, by one table of 32 values,
-// where the fifth bit of an index is the row. One row of dy took 0.8 ms instead of 1.6 (4096 x 4096, two threads).
-struct PairPanels {
+// where the fifth bit of an index is the row.
+struct DecodePairs {
+  const uint8_t* packed;
+  const float* absmax;
+  int64_t k, first, begin, n;
+  int block_shift;
+  LookupTables tables;
+  bf16* panel;
+
+  SIMD_INLINE_MEMBER void operator()(int64_t i, F32* w) const {
+    // Of every word, a byte of each row, the nibbles: high ones first.
+    const __m512i fours = _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,  //
+                                                                4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7));
+    const __m512i shifts = _mm512_set1_epi64(0x00080000000c0004);
+    const __m512i nibble = _mm512_set1_epi16(15), second = _mm512_set1_epi32(16 << 16);
+    const int64_t row = begin + 2 * i, at = row * k + first, next = row + 1 < n ? k : 0;
+    __builtin_prefetch(packed + (at + 32 * k) / 2, 0, 2);
+    __builtin_prefetch(packed + (at + 33 * k) / 2, 0, 2);
+    const float low = absmax[at >> block_shift], high = next ? absmax[(at + k) >> block_shift] : 0;
+    const __m512i table = tables.flushing(low, high);
+    const __m128i a = load_raw<__m128i>(packed + at / 2), b = load_raw<__m128i>(packed + (at + next) / 2);
+    const __m128i words[kVectors] = {_mm_unpacklo_epi8(a, b), _mm_unpackhi_epi8(a, b)};
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const __m512i spread = _mm512_permutexvar_epi16(fours, _mm512_castsi128_si512(words[v]));
+      const __m512i fields = _mm512_srlv_epi16(spread, shifts);
+      const __m512i index = _mm512_ternarylogic_epi64(fields, nibble, second, 0xea);  // fields & nibble | second
+      w[v] = (F32)_mm512_permutexvar_epi16(index, table);
+      store_raw(panel + 2 * (i * kColumns + v * W), w[v]);
+    }
+  }
+};
+
+struct PairPanels : AnyPanels {
   static constexpr bool kShared = true;
   const Weight4bit& w;
   int64_t n, k;
+  PairPanels(const Weight4bit& w, int64_t n, int64_t k) : w(w), n(n), k(k) {}
 
-  void start(int64_t, int64_t) const {}
-  void fetch_ahead(int64_t, int64_t, int64_t, int64_t, int64_t) const {}
-  void build(int64_t first, int64_t, int64_t begin, int64_t length, bf16* panel) const {
-    const float* const absmax = w.absmax;
-    const int shift = w.block_shift;
-    const LookupTables tables(w.codebook);
-    // Of every word, a byte of each row, the nibbles: high ones first.
-    const __m512i nibbles = _mm512_set1_epi64(0x00080000000c0004);
-    const __m512i nibble = _mm512_set1_epi16(15), second = _mm512_set1_epi32(16 << 16);
-    const uint8_t* packed = w.packed + (begin * k + first) / 2;
-    for (int64_t row = begin; row < begin + length; row += 2, panel += 2 * kColumns, packed += k) {
-      __builtin_prefetch(packed + 16 * k, 0, 2);
-      __builtin_prefetch(packed + 16 * k + k / 2, 0, 2);
-      const bool pair = row + 1 < n;
-      const float low = absmax[(row * k + first) >> shift], high = pair ? absmax[((row + 1) * k + first) >> shift] : 0;
-      const __m512i table = tables.flushing(low, high);
-      const __m128i a = load_raw<__m128i>(packed), b = load_raw<__m128i>(packed + (pair ? k / 2 : 0));
-      const __m128i words[kVectors] = {_mm_unpacklo_epi8(a, b), _mm_unpackhi_epi8(a, b)};
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        const __m512i fields = _mm512_multishift_epi64_epi8(nibbles, _mm512_cvtepu16_epi64(words[v]));
-        const __m512i index = _mm512_ternarylogic_epi64(fields, nibble, second, 0xea);  // fields & nibble | second
-        store_raw(panel + 2 * v * W, _mm512_permutexvar_epi16(index, table));
-      }
-    }
+  DecodedSteps<DecodePairs> build(int64_t first, int64_t, int64_t begin, int64_t length, bf16* panel) const {
+    return {
+        {w.packed, w.absmax, k, first, begin, n, w.block_shift, LookupTables(w.codebook), panel}, (length - 1) / 2, {}};
   }
 };
 #endif

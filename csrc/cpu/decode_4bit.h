@@ -200,14 +200,6 @@ SIMD_INLINE void decode32(const uint8_t* packed, const Table<T>& table, T* out) 
 }
 #endif
 
-// Fetches to L2 what is read after columns [begin, end) of a row: the next ones, or at the end of the row the first
-// ones of the row `rows` further down. The hardware's prefetcher does not follow so many short streams. Beyond the
-// end of the weight it is harmless.
-SIMD_INLINE void prefetch_next(const Weight4bit& w, int64_t k, int64_t rows, int64_t row, int64_t begin, int64_t end) {
-  const uint8_t* next = w.packed + (end < k ? row * k + end : (row + rows) * k) / 2;
-  for (int64_t i = 0; i < (end - begin) / 2; i += 64) __builtin_prefetch(next + i, 0, 2);
-}
-
 // Where elements begin that can be looked up together. A panel of dx has 16 columns on AVX2.
 constexpr int64_t kLookedUp = QUANTLIB_LEVEL == 1 ? 8 : 32;
 

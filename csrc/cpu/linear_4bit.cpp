@@ -50,7 +50,7 @@ struct Rows4bit {
     QUANTLIB_ISA::decode(w, row * k + begin, row * k + end, out);
   }
   SIMD_INLINE_MEMBER void prefetch(int64_t row, int64_t begin, int64_t end) const {
-    prefetch_next(w, k, kColumns, row, begin, end);
+    for (int64_t i = begin; i < end; i += 128) __builtin_prefetch(w.packed + (row * k + i) / 2, 0, 2);
   }
   SIMD_INLINE_MEMBER void prefetch_below(int64_t row, int64_t begin) const {
     __builtin_prefetch(w.packed + ((row + 64) * k + begin) / 2, 0, 2);
@@ -59,7 +59,7 @@ struct Rows4bit {
 
 #if QUANTLIB_LEVEL > 0
 // Most rows for which dot products beat panels, measured: of bfloat16 and of floats.
-constexpr int64_t kFewRows = 32, kFewFloatRows = QUANTLIB_LEVEL >= 2 ? 6 : 24;
+constexpr int64_t kFewRows = 30, kFewFloatRows = QUANTLIB_LEVEL >= 2 ? 6 : 24;
 
 // Returns false if it did not compute y, or not all of it exactly: see few_rows_4bit.h.
 static bool multiply_few(const Linear4bit& a, const Product& product) {
@@ -89,7 +89,7 @@ void linear_4bit(const Linear4bit& a) {
 #endif
   const PlainWeight plain(a.w, 0, a.n * a.k);
   const Rows4bit rows{plain.w, a.k};
-  multiply(a.dtype, product, [&](int64_t, int64_t) { return RowPanels<Rows4bit>{rows}; });
+  multiply(a.dtype, product, [&](int64_t, int64_t) { return RowPanels<Rows4bit>(rows); });
 }
 
 void linear_4bit_dx(const Linear4bit& a) {
@@ -97,12 +97,12 @@ void linear_4bit_dx(const Linear4bit& a) {
   const Product product{a.x, nullptr, a.m, a.k, a.n, a.y, nullptr, a.branch};
 #if QUANTLIB_LEVEL == 3
   if (a.dtype == DType::bf16 && a.k % kColumns == 0) {
-    multiply<bf16, bf16>(product, [&](int64_t, int64_t) { return PairPanels{plain.w, a.n, a.k}; });
+    multiply<bf16, bf16>(product, [&](int64_t, int64_t) { return PairPanels(plain.w, a.n, a.k); });
     return;
   }
 #endif
   const Rows4bit rows{plain.w, a.k};
-  multiply(a.dtype, product, [&](int64_t, int64_t) { return ColumnPanels<Rows4bit>{rows}; });
+  multiply(a.dtype, product, [&](int64_t, int64_t) { return ColumnPanels<Rows4bit>(rows); });
 }
 
 }  // namespace quantlib::QUANTLIB_ISA

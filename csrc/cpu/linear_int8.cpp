@@ -349,8 +349,7 @@ struct RowsInt8 {
     convert_values(values + row * k + begin, end - begin, out);
   }
   SIMD_INLINE_MEMBER void prefetch(int64_t row, int64_t begin, int64_t end) const {
-    const int8_t* next = values + (end < k ? row * k + end : (row + kColumns) * k);
-    for (int64_t i = 0; i < end - begin; i += 64) __builtin_prefetch(next + i, 0, 2);
+    for (int64_t i = begin; i < end; i += 64) __builtin_prefetch(values + row * k + i, 0, 2);
   }
   SIMD_INLINE_MEMBER void prefetch_below(int64_t row, int64_t begin) const {
     __builtin_prefetch(values + (row + 32) * k + begin, 0, 2);
@@ -363,14 +362,13 @@ struct PanelsInt8 : RowPanels<RowsInt8> {
   int64_t first_column = 0;
   alignas(64) int32_t row_sums[kAbreast * kColumns];
 
-  PanelsInt8(const RowsInt8& rows, const LinearInt8& a, const Activations& x)
-      : RowPanels<RowsInt8>{rows}, columns(a, x) {}
+  PanelsInt8(const RowsInt8& rows, const LinearInt8& a, const Activations& x) : RowPanels(rows), columns(a, x) {}
 
   void start(int64_t first, int64_t) {
     first_column = first;
     __builtin_memset(row_sums, 0, sizeof(row_sums));
   }
-  void build(int64_t first, int64_t count, int64_t begin, int64_t length, Int* panel) {
+  Stored<Int> build(int64_t first, int64_t count, int64_t begin, int64_t length, Int* panel) {
     if (kPer<Int> == 4 && w.k % 4 == 0) {
       for (int64_t group = 0; group < kColumns; group += W) {
         const int64_t row = first + (group < count ? group : count - 1), last = first + count - 1 - row;
@@ -380,7 +378,7 @@ struct PanelsInt8 : RowPanels<RowsInt8> {
     } else {
       RowPanels<RowsInt8>::build(first, count, begin, length, panel);
     }
-    if (!kInt8Offset) return;
+    if (!kInt8Offset) return {panel};
     alignas(4) Int ones[kPer<Int>];
     for (Int& one : ones) one = 1;
     const int64_t steps = (length + kPer<Int> - 1) / kPer<Int>;
@@ -391,6 +389,7 @@ struct PanelsInt8 : RowPanels<RowsInt8> {
         sums[v] = multiply_add(ones, load_raw<F32>(panel + (i * kColumns + v * W) * kPer<Int>), sums[v]);
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) add_to(row_sums + first - first_column + v * W, sums[v]);
+    return {panel};
   }
   void gather(int64_t first, int64_t count) {
     __builtin_memcpy(columns.row_sums, row_sums + first - first_column, sizeof(columns.row_sums));
@@ -465,14 +464,56 @@ static void linear(const LinearInt8& a) {
 
 void linear_int8(const LinearInt8& a) { QUANTLIB_BY_DTYPE(a.dtype, linear, a); }
 
+#if QUANTLIB_LEVEL == 3
+// W for dx, in bfloat16, which holds its values exactly: rows are converted two at once, side by side as the panel has
+// them. What stands beside the last of an odd number of rows is multiplied by zeros.
+struct ConvertPairs {
+  const int8_t* values;
+  int64_t k, rows;
+  bf16* panel;
+
+  SIMD_INLINE_MEMBER void operator()(int64_t i, F32* w) const {
+    const int8_t* const a = values + 2 * i * k;
+    const int8_t* const b = a + (2 * i + 1 < rows ? k : 0);
+    __builtin_prefetch(a + 32 * k, 0, 2);
+    __builtin_prefetch(a + 33 * k, 0, 2);
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const __m128i low = load_raw<__m128i>(a + v * W), high = load_raw<__m128i>(b + v * W);
+      const __m512 halves[2] = {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_unpacklo_epi8(low, high))),
+                                _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_unpackhi_epi8(low, high)))};
+      w[v] = (F32)_mm512_cvtne2ps_pbh(halves[1], halves[0]);
+      store_raw(panel + 2 * (i * kColumns + v * W), w[v]);
+    }
+  }
+};
+
+struct PairsInt8 : AnyPanels {
+  static constexpr bool kShared = true;
+  const int8_t* values;
+  int64_t n, k;
+  PairsInt8(const int8_t* values, int64_t n, int64_t k) : values(values), n(n), k(k) {}
+
+  DecodedSteps<ConvertPairs> build(int64_t first, int64_t, int64_t begin, int64_t length, bf16* panel) const {
+    return {{values + begin * k + first, k, n - begin, panel}, (length - 1) / 2, {}};
+  }
+};
+#endif
+
 // The scales of the weight go to dy: rounding their product instead of the weight costs no accuracy, and the weight's
 // values are exact in every type.
 void linear_int8_dx(const LinearInt8& a) {
   const Scratch<float> scale(3, a.n);
   for (int64_t n = 0; n < a.n; ++n) scale[n] = a.w_absmax[n] * kStep;
+  const Product product{a.x, nullptr, a.m, a.k, a.n, a.y, scale, a.branch};
+#if QUANTLIB_LEVEL == 3
+  if (a.dtype == DType::bf16 && a.k % kColumns == 0) {
+    multiply<bf16, bf16>(product, [&](int64_t, int64_t) { return PairsInt8(a.w, a.n, a.k); });
+    return;
+  }
+#endif
   const RowsInt8 rows{a.w, a.k};
-  multiply(a.dtype, {a.x, nullptr, a.m, a.k, a.n, a.y, scale, a.branch},
-           [&](int64_t, int64_t) { return ColumnPanels<RowsInt8>{rows}; });
+  multiply(a.dtype, product, [&](int64_t, int64_t) { return ColumnPanels<RowsInt8>(rows); });
 }
 
 }  // namespace quantlib::QUANTLIB_ISA

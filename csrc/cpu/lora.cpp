@@ -101,8 +101,7 @@ struct DenseRows {
       convert(x + row * k + begin, end - begin, out);
   }
   SIMD_INLINE_MEMBER void prefetch(int64_t row, int64_t begin, int64_t end) const {
-    const X* next = x + (row + kColumns) * k;
-    for (int64_t i = begin; i < end; i += 64 / int64_t(sizeof(X))) __builtin_prefetch(next + i, 0, 2);
+    for (int64_t i = begin; i < end; i += 64 / int64_t(sizeof(X))) __builtin_prefetch(x + row * k + i, 0, 2);
   }
   SIMD_INLINE_MEMBER void prefetch_below(int64_t row, int64_t begin) const {
     __builtin_prefetch(x + (row + 32) * k + begin, 0, 2);
@@ -138,7 +137,7 @@ static void many_dots(const void* x, int64_t m, int64_t k, const A* a, int64_t r
         const A* from = a + r / kTerms * row + begin * column;
         for (int64_t i = 0; i < length; ++i) term(widen(from[i * column]), r % kTerms, out + i);
       },
-      [&](int64_t, int64_t) { return RowPanels<DenseRows<X> >{rows}; },
+      [&](int64_t, int64_t) { return RowPanels<DenseRows<X> >(rows); },
       [&](const auto&, const Tiling& tiling, const float* sums, int64_t first, int64_t count) {
         for (int64_t c = 0; c < count; ++c)
           for (int64_t r = 0; r < tiling.rows; ++r) {
@@ -197,7 +196,7 @@ static void outer(const X* x, int64_t m, int64_t k, const float* s, const Gradie
       [&](int64_t r, int64_t begin, int64_t length, E* out) {
         for (int64_t i = 0; i < length; ++i) term(s[(begin + i) * to.rank + r / terms], r % terms, out + i);
       },
-      [&](int64_t, int64_t) { return ColumnPanels<DenseRows<X> >{rows}; },
+      [&](int64_t, int64_t) { return ColumnPanels<DenseRows<X> >(rows); },
       [&](const auto&, const Tiling& tiling, float* products, int64_t first, int64_t count) {
         for (int64_t r = 0; r < tiling.rows; r += terms, products += terms * kColumns) {
           const int64_t j = (tiling.first + r) / terms;

@@ -8,13 +8,16 @@
 // of the panel, needs no horizontal sums, and reads all memory in order. The result of an element does not depend on
 // the number of threads.
 //
-// Panels is what knows the weight, one per thread, for some of the columns:
+// Panels is what knows the weight, one per thread, for some of the columns; those that need not all derive from
+// AnyPanels:
 //   kShared                                         whether panels side by side share cache lines of the weight
+//   put_in_order(length, E* x)                      a stretch of x, in the order that panels have
 //   start(first, count)                             the next columns, at most kAbreast panels of them
-//   build<E>(first, count, begin, length, E* panel) a stretch of one of these panels
-//   fetch_ahead(first, begin, length, from, to)     the weight of its columns [from, to) for its next stretch, between
-//                                                   products: as many lines at once as int8 needs stall the CPU, and
-//                                                   32 to 256 rows took 1.02 to 1.03 times as long
+//   build<E>(first, count, begin, length, E* panel) a stretch of one of these panels, as the Steps that multiply the
+//                                                   first tile of x; after that it lies in `panel`
+//   fetch(first, begin, from, to)                   to L2, the weight of columns [from, to) of the panel that is built
+//                                                   next; harmless beyond the end
+// Steps give a panel step by step: start(i), and then vectors(i, w) of each step from i on.
 
 #if QUANTLIB_LEVEL >= 2
 constexpr int kTileRows = 12;
@@ -78,15 +81,45 @@ SIMD_INLINE int64_t chain_length(int64_t steps) {
   return kPer<E> > 1 ? 512 : steps <= 256 ? 16 : steps <= 1024 ? 32 : 128;
 }
 
-// out[r * kColumns + c] += tile row r . panel column c. Not inlined, because the compiler would carry `out` from one
-// chain to the next in registers it does not have.
-template <int R, class E>
-[[gnu::noinline]] static void tile_chain(const E* x, const E* panel, int64_t steps, typename SumsOf<E>::Sum* out) {
-  typename SumsOf<E>::Vector acc[R][kVectors] = {};
-  for (int64_t i = 0; i < steps; ++i) {
-    F32 w[kVectors];
+// A panel that lies in memory.
+template <class E>
+struct Stored {
+  const E* panel;
+
+  SIMD_INLINE_MEMBER void start(int64_t) const {}
+  SIMD_INLINE_MEMBER void vectors(int64_t i, F32* w) const {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) w[v] = load_raw<F32>(panel + (i * kColumns + v * W) * kPer<E>);
+  }
+};
+
+// A panel that decode(i, w) decodes and stores, a step ahead of its products: looking up and converting are executed
+// beside them, by other ports, so that only multiplying by absmax takes time (Zen 4). Not a step ahead, 12 rows took
+// 1.12 times as long.
+template <class Decode>
+struct DecodedSteps {
+  Decode decode;
+  int64_t last;
+  F32 ahead[kVectors];
+
+  SIMD_INLINE_MEMBER void start(int64_t i) { decode(i, ahead); }
+  SIMD_INLINE_MEMBER void vectors(int64_t i, F32* w) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) w[v] = ahead[v];
+    decode(i < last ? i + 1 : i, ahead);
+  }
+};
+
+// out[r * kColumns + c] += tile row r . panel column c, over steps [begin, end). Not inlined, because the compiler
+// would carry `out` from one chain to the next in registers it does not have.
+template <int R, class E, class Steps>
+[[gnu::noinline]] static void tile_chain(const E* x, Steps panel, int64_t begin, int64_t end,
+                                         typename SumsOf<E>::Sum* out) {
+  typename SumsOf<E>::Vector acc[R][kVectors] = {};
+  panel.start(begin);
+  for (int64_t i = begin; i < end; ++i) {
+    F32 w[kVectors];
+    panel.vectors(i, w);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
@@ -100,8 +133,8 @@ template <int R, class E>
 
 // The same for a stretch, in chains of `chain` steps. Float32 chains are summed apart from the total: adding each to it
 // gave errors of eight times their root mean square.
-template <int R, class E>
-static void tile_times_panel(int64_t rows, const E* x, const E* panel, int64_t steps, int64_t chain,
+template <int R, class E, class Steps>
+static void tile_times_panel(int64_t rows, const E* x, const Steps& panel, int64_t steps, int64_t chain,
                              typename SumsOf<E>::Sum* out) {
   if constexpr (R > 1)
     if (rows < R) return tile_times_panel<R - 1>(rows, x, panel, steps, chain, out);
@@ -109,8 +142,7 @@ static void tile_times_panel(int64_t rows, const E* x, const E* panel, int64_t s
   alignas(64) typename SumsOf<E>::Sum sum[R * kColumns];
   if (apart) __builtin_memset(sum, 0, sizeof(sum));
   for (int64_t i = 0; i < steps; i += chain)
-    tile_chain<R>(x + i * R * kPer<E>, panel + i * kColumns * kPer<E>, steps - i < chain ? steps - i : chain,
-                  apart ? sum : out);
+    tile_chain<R>(x, panel, i, steps - i < chain ? steps : i + chain, apart ? sum : out);
   if (apart)
     for (int64_t i = 0; i < R * kColumns; i += W) add_to(out + i, load_raw<typename SumsOf<E>::Vector>(sum + i));
 }
@@ -195,16 +227,28 @@ constexpr int64_t kStretch = 256;
 constexpr int64_t kAbreast = 8;
 constexpr int64_t kOftenReadBytes = 4 << 20;
 
-// W^T: decode W rows at a time and turn them. Rows has template <class E> decode(row, begin, end, E* out)
-// and prefetch of what follows such a range in a panel.
-template <class Rows>
-struct RowPanels {
+// Tiles of x between which the next panel's part of the weight is fetched to L2: enough for it to come from memory, few
+// enough for x not to displace it again, as it did when 1024 rows had been fetched for a stretch ahead. The hardware's
+// prefetcher does not follow so many short streams.
+constexpr int64_t kFetchTiles = 8;
+
+struct AnyPanels {
   static constexpr bool kShared = false;
-  const Rows& w;
+  template <class E>
+  static void put_in_order(int64_t, E*) {}
   void start(int64_t, int64_t) const {}
+  void fetch(int64_t, int64_t, int64_t, int64_t) const {}
+};
+
+// W^T: decode W rows at a time and turn them. Rows has template <class E> decode(row, begin, end, E* out) and prefetch
+// of such a range.
+template <class Rows>
+struct RowPanels : AnyPanels {
+  const Rows& w;
+  explicit RowPanels(const Rows& w) : w(w) {}
 
   template <class E>
-  void build(int64_t first, int64_t count, int64_t begin, int64_t length, E* panel) const {
+  Stored<E> build(int64_t first, int64_t count, int64_t begin, int64_t length, E* panel) const {
     E rows[W * kStretch];
     const int64_t steps = (length + kPer<E> - 1) / kPer<E>;
     for (int64_t group = 0; group < kColumns; group += W) {
@@ -217,9 +261,10 @@ struct RowPanels {
       transpose(reinterpret_cast<const uint32_t*>(rows), kStretch / kPer<E>, W - 1, steps,
                 reinterpret_cast<uint32_t*>(panel + group * kPer<E>));
     }
+    return {panel};
   }
-  void fetch_ahead(int64_t first, int64_t begin, int64_t length, int64_t from, int64_t to) const {
-    for (int64_t c = from; c < to; ++c) w.prefetch(first + c, begin, begin + length);
+  void fetch(int64_t first, int64_t begin, int64_t from, int64_t to) const {
+    for (int64_t c = from; c < to; ++c) w.prefetch(first + c, begin, begin + kStretch);
   }
 };
 
@@ -244,22 +289,24 @@ SIMD_INLINE void interleave(const bf16* a, const bf16* b, bf16* panel) {
 
 // W: its rows are steps, or halves of steps, already. Rows has prefetch_below(row, begin) of what is soon decoded.
 template <class Rows>
-struct ColumnPanels {
+struct ColumnPanels : AnyPanels {
   static constexpr bool kShared = true;
   Rows source;
-  void start(int64_t, int64_t) const {}
-  void fetch_ahead(int64_t, int64_t, int64_t, int64_t, int64_t) const {}
+  explicit ColumnPanels(const Rows& source) : source(source) {}
 
-  void build(int64_t first, int64_t count, int64_t begin, int64_t length, float* panel) const {
+  Stored<float> build(int64_t first, int64_t count, int64_t begin, int64_t length, float* const start) const {
     const Rows w = source;  // a local copy need not be read again after every write
+    float* panel = start;
     for (int64_t row = begin; row < begin + length; ++row, panel += kColumns) {
       w.prefetch_below(row, first);
       w.decode(row, first, first + count, panel);
       __builtin_memset(panel + count, 0, sizeof(float) * (kColumns - count));
     }
+    return {start};
   }
-  void build(int64_t first, int64_t count, int64_t begin, int64_t length, bf16* panel) const {
+  Stored<bf16> build(int64_t first, int64_t count, int64_t begin, int64_t length, bf16* const start) const {
     const Rows w = source;
+    bf16* panel = start;
     bf16 pair[2][kColumns] = {};
     for (int64_t row = begin; row < begin + length; row += 2, panel += 2 * kColumns) {
       w.prefetch_below(row, first);
@@ -271,6 +318,7 @@ struct ColumnPanels {
         __builtin_memset(pair[1], 0, sizeof(pair[1]));
       interleave(pair[0], pair[1], panel);
     }
+    return {start};
   }
 };
 
@@ -291,7 +339,7 @@ struct Tiling {
 };
 
 // Packs a tile, with zeros to fill a lane. read(row, begin, length, E* out) gives elements of x.
-template <class E, class Read>
+template <class Panels, class E, class Read>
 static void pack_tile(const Tiling& tiling, int64_t tile, int64_t depth, const Read& read, E* packed) {
   alignas(64) E buffer[kStretch];
   const int64_t rows = tiling.rows_of(tile), first = tiling.first + tile * tiling.height;
@@ -301,6 +349,7 @@ static void pack_tile(const Tiling& tiling, int64_t tile, int64_t depth, const R
     uint32_t* const lanes = reinterpret_cast<uint32_t*>(packed + tiling.offset<E>(tile, begin, steps));
     for (int64_t r = 0; r < rows; ++r) {
       read(first + r, begin, length, buffer);
+      Panels::put_in_order(length, buffer);
       __builtin_memset(buffer + length, 0, sizeof(E) * (steps * kPer<E> - length));
       for (int64_t s = 0; s < steps; ++s) lanes[s * rows + r] = load_raw<uint32_t>(buffer + s * kPer<E>);
     }
@@ -331,8 +380,9 @@ static void multiply_panels(int64_t m, int64_t columns, int64_t depth, const Rea
   const Scratch<E> packed(1, most * width);
   for (int64_t m0 = 0; m0 < m; m0 += most) {
     const Tiling tiling(m0, m - m0 < most ? m - m0 : most);
+    const int64_t fetches = tiling.tiles < kFetchTiles ? tiling.tiles : kFetchTiles;
     parallel_for(tiling.tiles, (1 << 14) / (tiling.height * width + 1) + 1, [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t) pack_tile<E>(tiling, t, depth, read, packed);
+      for (int64_t t = first; t < last; ++t) pack_tile<Panels>(tiling, t, depth, read, static_cast<E*>(packed));
     });
     parallel_for((columns + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
       const Scratch<E> panel_buffer(0, kStretch * kColumns);
@@ -354,11 +404,21 @@ static void multiply_panels(int64_t m, int64_t columns, int64_t depth, const Rea
           const int64_t length = depth - begin < kStretch ? depth - begin : kStretch;
           const int64_t part = (length + kPer<E> - 1) / kPer<E>;
           each(c0, end, [&](int64_t c, int64_t count, Sum* to) {
-            panels.build(c, count, begin, length, panel);
+            const bool turn = c + kColumns < end, further = begin + kStretch < depth;
+            const int64_t next = turn ? c + kColumns : further ? c0 : end;
+            const int64_t next_begin = turn ? begin : further ? begin + kStretch : 0;
+            const auto steps_of_first = panels.build(c, count, begin, length, panel);
             for (int64_t t = 0; t < tiling.tiles; ++t) {
-              tile_times_panel<kTileRows>(tiling.rows_of(t), packed + tiling.offset<E>(t, begin, part), panel, part,
-                                          chain, to + t * tiling.height * kColumns);
-              panels.fetch_ahead(c, begin, length, kColumns * t / tiling.tiles, kColumns * (t + 1) / tiling.tiles);
+              const int64_t i = t - (tiling.tiles - fetches);
+              if (i >= 0) panels.fetch(next, next_begin, kColumns * i / fetches, kColumns * (i + 1) / fetches);
+              const auto multiply = [&](const auto& steps) {
+                tile_times_panel<kTileRows>(tiling.rows_of(t), packed + tiling.offset<E>(t, begin, part), steps, part,
+                                            chain, to + t * tiling.height * kColumns);
+              };
+              if (t == 0)
+                multiply(steps_of_first);
+              else
+                multiply(Stored<E>{panel});
             }
           });
         }
