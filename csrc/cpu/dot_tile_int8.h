@@ -2,15 +2,14 @@
 
 #if QUANTLIB_LEVEL >= 2
 constexpr int kTileM = 4, kTileN = 6;
-// vpdpbusd multiplies unsigned by signed bytes: x + 128 is unsigned, and 128 * (sum of the row of w) too much,
-// which the caller subtracts. Intermediate wrap-around is harmless modulo 2^32.
+// vpdpbusd multiplies unsigned by signed bytes: w + 128 is unsigned, and 128 * (sum of the row of x) too much, which
+// the caller subtracts. Intermediate wrap-around is harmless modulo 2^32.
 constexpr int32_t kInt8Offset = 128;
 constexpr int64_t kInt8Step = 64;
 typedef __m512i I8Block;
-SIMD_INLINE I8Block x_block(const int8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
-SIMD_INLINE I8Block w_block(const int8_t* p) { return _mm512_loadu_si512(p); }
-SIMD_INLINE I8Block one_block() { return _mm512_set1_epi8(1); }
-SIMD_INLINE I32 dot_int8(I8Block x, I8Block w, I32 acc) { return (I32)_mm512_dpbusd_epi32((__m512i)acc, x, w); }
+SIMD_INLINE I8Block x_block(const int8_t* p) { return _mm512_loadu_si512(p); }
+SIMD_INLINE I8Block w_block(const int8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
+SIMD_INLINE I32 dot_int8(I8Block x, I8Block w, I32 acc) { return (I32)_mm512_dpbusd_epi32((__m512i)acc, w, x); }
 #elif QUANTLIB_LEVEL == 1
 constexpr int kTileM = 3, kTileN = 4;
 // vpmaddubsw would saturate: widen to 16 bits.
@@ -18,7 +17,6 @@ constexpr int32_t kInt8Offset = 0;
 constexpr int64_t kInt8Step = 16;
 typedef __m256i I8Block;
 SIMD_INLINE I8Block w_block(const int8_t* p) { return _mm256_cvtepi8_epi16(load_raw<__m128i>(p)); }
-SIMD_INLINE I8Block one_block() { return _mm256_set1_epi16(1); }
 SIMD_INLINE I8Block x_block(const int8_t* p) { return w_block(p); }
 SIMD_INLINE I32 dot_int8(I8Block x, I8Block w, I32 acc) {
   return (I32)_mm256_add_epi32((__m256i)acc, _mm256_madd_epi16(x, w));
@@ -29,7 +27,6 @@ constexpr int32_t kInt8Offset = 0;
 constexpr int64_t kInt8Step = W;
 typedef I32 I8Block;
 SIMD_INLINE I8Block w_block(const int8_t* p) { return __builtin_convertvector(load_raw<I8>(p), I32); }
-SIMD_INLINE I8Block one_block() { return set1(1); }
 SIMD_INLINE I8Block x_block(const int8_t* p) { return w_block(p); }
 SIMD_INLINE I32 dot_int8(I8Block x, I8Block w, I32 acc) { return acc + x * w; }
 #endif
@@ -42,38 +39,21 @@ struct Int8Tail {
   SIMD_INLINE_MEMBER operator const int8_t*() const { return bytes; }
 };
 
-// Most rows of x whose products leave registers for the sums of the rows of w, which then need no pass of their own.
-constexpr int64_t kWithSums = kInt8Offset ? 2 : 0;
-
-SIMD_INLINE int32_t row_sum(const int8_t* w, int64_t k) {
-#if QUANTLIB_LEVEL >= 2
-  const I8Block ones = one_block();
-  I32 acc = {};
-  int64_t i = 0;
-  for (; i + kInt8Step <= k; i += kInt8Step) acc = dot_int8(ones, w_block(w + i), acc);
-  if (i < k) acc = dot_int8(ones, w_block(Int8Tail(w + i, k - i)), acc);
-  return sum(acc);
-#else
-  return 0;
-#endif
-}
-
-// out[r * ldo + c] = x row r . w row c; row_sums[c] = the sum of w row c, if M <= kWithSums. w is then read for the
-// first time, and what follows it is fetched to L2, in the order of memory.
+// out[r * ldo + c] = x row r . w row c + kInt8Offset * sum of x row r. What follows w is fetched to L2, in the order of
+// memory.
 template <int M, int N>
-static void dot_tile_int8(const int8_t* x, const int8_t* w, int64_t k, int32_t* out, int64_t ldo, int32_t* row_sums) {
-  constexpr int kRows = M <= kWithSums ? M + 1 : M;  // the last of them are ones
-  I32 acc[kRows][N] = {};
+static void dot_tile_int8(const int8_t* x, const int8_t* w, int64_t k, int32_t* out, int64_t ldo) {
+  I32 acc[M][N] = {};
   const auto step = [&](int64_t i, auto at) __attribute__((always_inline)) {
     I8Block b[N];
 #pragma GCC unroll 8
     for (int c = 0; c < N; ++c) {
       b[c] = w_block(at(w + c * k + i));
-      if (kRows > M) __builtin_prefetch(w + N * k + i * N + c * kInt8Step, 0, 2);
+      __builtin_prefetch(w + N * k + i * N + c * kInt8Step, 0, 2);
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const I8Block a = r == M ? one_block() : x_block(at(x + r * k + i));
+    for (int r = 0; r < M; ++r) {
+      const I8Block a = x_block(at(x + r * k + i));
 #pragma GCC unroll 8
       for (int c = 0; c < N; ++c) acc[r][c] = dot_int8(a, b[c], acc[r][c]);
     }
@@ -82,24 +62,23 @@ static void dot_tile_int8(const int8_t* x, const int8_t* w, int64_t k, int32_t* 
   for (; i + kInt8Step <= k; i += kInt8Step) step(i, [](const int8_t* p) __attribute__((always_inline)) { return p; });
   if (i < k) step(i, [&](const int8_t* p) __attribute__((always_inline)) { return Int8Tail(p, k - i); });
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < M; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < N; ++c) (r == M ? row_sums[c] : out[r * ldo + c]) = sum(acc[r][c]);
+    for (int c = 0; c < N; ++c) out[r * ldo + c] = sum(acc[r][c]);
 }
 
 template <int N>
-static void dot_rows_int8(const int8_t* x, const int8_t* w, int64_t k, int64_t rows, int32_t* out, int64_t ldo,
-                          int32_t* row_sums) {
+static void dot_rows_int8(const int8_t* x, const int8_t* w, int64_t k, int64_t rows, int32_t* out, int64_t ldo) {
   switch (rows) {
-    case 1: return dot_tile_int8<1, N>(x, w, k, out, ldo, row_sums);
-    case 2: return dot_tile_int8<2, N>(x, w, k, out, ldo, row_sums);
-    case 3: return dot_tile_int8<3, N>(x, w, k, out, ldo, row_sums);
-    default: return dot_tile_int8<kTileM, N>(x, w, k, out, ldo, row_sums);
+    case 1: return dot_tile_int8<1, N>(x, w, k, out, ldo);
+    case 2: return dot_tile_int8<2, N>(x, w, k, out, ldo);
+    case 3: return dot_tile_int8<3, N>(x, w, k, out, ldo);
+    default: return dot_tile_int8<kTileM, N>(x, w, k, out, ldo);
   }
 }
 
 static void dot_rows_int8(const int8_t* x, const int8_t* w, int64_t k, int64_t rows, int64_t columns, int32_t* out,
-                          int64_t ldo, int32_t* row_sums) {
-  if (columns == kTileN) return dot_rows_int8<kTileN>(x, w, k, rows, out, ldo, row_sums);
-  for (int64_t c = 0; c < columns; ++c) dot_rows_int8<1>(x, w + c * k, k, rows, out + c, ldo, row_sums + c);
+                          int64_t ldo) {
+  if (columns == kTileN) return dot_rows_int8<kTileN>(x, w, k, rows, out, ldo);
+  for (int64_t c = 0; c < columns; ++c) dot_rows_int8<1>(x, w + c * k, k, rows, out + c, ldo);
 }

@@ -84,6 +84,13 @@ static float absmax_below(const T* x, int64_t n, float threshold, uint8_t* outli
   return as_float(max(m));
 }
 
+// The sum of a row of quantized x.
+SIMD_INLINE int32_t row_sum(const int8_t* q, int64_t k) {
+  int32_t total = 0;
+  for (int64_t i = 0; i < k; ++i) total += q[i];
+  return total;
+}
+
 // Lists the columns that are marked; returns how many.
 static int64_t list_columns(const uint8_t* marks, int64_t k, int64_t* columns) {
   int64_t count = 0;
@@ -206,9 +213,10 @@ SIMD_INLINE F32 load(const int8_t* p) {
 SIMD_INLINE F32 load(const int8_t* p) { return __builtin_convertvector(load_raw<I8>(p), F32); }
 #endif
 
-// int8 in the types of products, all of which hold it exactly: a bfloat16 in the upper half of the float.
+// int8 in the types of products, all of which hold it exactly: a bfloat16 in the upper half of the float; an Int as the
+// weight has it.
 SIMD_INLINE void convert_values(const int8_t* in, int64_t n, Int* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+  for (int64_t i = 0; i < n; ++i) out[i] = Int(in[i] + kInt8Offset);
 }
 SIMD_INLINE void convert_values(const int8_t* in, int64_t n, float* out) {
   int64_t i = 0;
@@ -262,6 +270,7 @@ void dequantize_int8(const int8_t* values, const float* absmaxes, bool by_column
 // a LoRA branch; [m, width].
 struct Activations {
   const int8_t* q;
+  const uint32_t* offsets;  // what the products of each row are too large by, modulo 2^32
   const float* absmax;
   const int64_t* columns;
   int64_t count, width;
@@ -276,7 +285,6 @@ struct Columns {
   const Activations& x;
   Scratch<float> floats;  // the weight's outlier columns and the branch's b, x.width times N
   alignas(64) float absmax[N];
-  alignas(64) int32_t row_sums[N];
 
   Columns(const LinearInt8& a, const Activations& x) : a(a), x(x), floats(8, x.width * N) {}
 
@@ -298,7 +306,7 @@ struct Columns {
     constexpr float kStep2 = float(1.0 / (127.0 * 127.0));
     alignas(64) float y[N];
     for (int64_t j = 0; j < N; j += W) {
-      const I32 total = (I32)(load_raw<U32>(sums + j) - uint32_t(kInt8Offset) * load_raw<U32>(row_sums + j));
+      const I32 total = (I32)(load_raw<U32>(sums + j) - x.offsets[m]);
       const F32 v = __builtin_convertvector(total, F32) * (x.absmax[m] * load(absmax + j)) * kStep2;
       F32 extra = {};
       for (int64_t c = 0; c < x.width; ++c)
@@ -311,8 +319,8 @@ struct Columns {
   }
 };
 
-// Most rows for which dot products beat panels.
-constexpr int64_t kFewRows = 24;
+// Most rows for which dot products beat panels, measured.
+constexpr int64_t kFewRows = QUANTLIB_LEVEL >= 2 ? 64 : 24;
 
 // Few rows of x: dot products with the rows of the weight as they lie.
 template <class T>
@@ -320,18 +328,14 @@ static void few_rows(const LinearInt8& a, const Activations& x) {
   constexpr int64_t kStrip = 8 * kTileN;  // columns finished at a time: whole vectors
   parallel_for((a.n + kStrip - 1) / kStrip, 1, [&](int64_t begin, int64_t end) {
     Columns<kStrip> columns(a, x);
-    __builtin_memset(columns.row_sums, 0, sizeof(columns.row_sums));
     alignas(64) int32_t sums[kFewRows][kStrip] = {};
     for (int64_t n = begin * kStrip; n < end * kStrip && n < a.n; n += kStrip) {
       const int64_t count = a.n - n < kStrip ? a.n - n : kStrip;
       for (int64_t c = 0; c < count; c += kTileN) {
         const int64_t width = count - c < kTileN ? count - c : kTileN;
         const int8_t* w = a.w + (n + c) * a.k;
-        if (kInt8Offset && a.m > kWithSums)
-          for (int64_t j = 0; j < width; ++j) columns.row_sums[c + j] = row_sum(w + j * a.k, a.k);
         for (int64_t m = 0; m < a.m; m += kTileM)
-          dot_rows_int8(x.q + m * a.k, w, a.k, a.m - m < kTileM ? a.m - m : kTileM, width, sums[m] + c, kStrip,
-                        columns.row_sums + c);
+          dot_rows_int8(x.q + m * a.k, w, a.k, a.m - m < kTileM ? a.m - m : kTileM, width, sums[m] + c, kStrip);
       }
       columns.gather(n, count);
       for (int64_t m = 0; m < a.m; ++m) columns.finish<T>(m, n, count, sums[m]);
@@ -359,41 +363,17 @@ struct RowsInt8 {
 // Many rows: panels for multiply_panels().
 struct PanelsInt8 : RowPanels<RowsInt8> {
   Columns<kColumns> columns;
-  int64_t first_column = 0;
-  alignas(64) int32_t row_sums[kAbreast * kColumns];
 
   PanelsInt8(const RowsInt8& rows, const LinearInt8& a, const Activations& x) : RowPanels(rows), columns(a, x) {}
 
-  void start(int64_t first, int64_t) {
-    first_column = first;
-    __builtin_memset(row_sums, 0, sizeof(row_sums));
-  }
-  Stored<Int> build(int64_t first, int64_t count, int64_t begin, int64_t length, Int* panel) {
-    if (kPer<Int> == 4 && w.k % 4 == 0) {
-      for (int64_t group = 0; group < kColumns; group += W) {
-        const int64_t row = first + (group < count ? group : count - 1), last = first + count - 1 - row;
-        transpose(reinterpret_cast<const uint32_t*>(w.values + row * w.k + begin), w.k / 4, last, length / 4,
-                  reinterpret_cast<uint32_t*>(panel) + group);
-      }
-    } else {
-      RowPanels<RowsInt8>::build(first, count, begin, length, panel);
+  Stored<Int> build(int64_t first, int64_t count, int64_t begin, int64_t length, Int* panel) const {
+    if (kPer<Int> < 4 || w.k % 4) return RowPanels::build(first, count, begin, length, panel);
+    for (int64_t group = 0; group < kColumns; group += W) {
+      const int64_t row = first + (group < count ? group : count - 1), last = first + count - 1 - row;
+      transpose(reinterpret_cast<const uint32_t*>(w.values + row * w.k + begin), w.k / 4, last, length / 4,
+                reinterpret_cast<uint32_t*>(panel) + group, kInt8Offset * 0x01010101u);
     }
-    if (!kInt8Offset) return {panel};
-    alignas(4) Int ones[kPer<Int>];
-    for (Int& one : ones) one = 1;
-    const int64_t steps = (length + kPer<Int> - 1) / kPer<Int>;
-    I32 sums[kVectors] = {};
-    for (int64_t i = 0; i < steps; ++i)
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v)
-        sums[v] = multiply_add(ones, load_raw<F32>(panel + (i * kColumns + v * W) * kPer<Int>), sums[v]);
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) add_to(row_sums + first - first_column + v * W, sums[v]);
     return {panel};
-  }
-  void gather(int64_t first, int64_t count) {
-    __builtin_memcpy(columns.row_sums, row_sums + first - first_column, sizeof(columns.row_sums));
-    columns.gather(first, count);
   }
 };
 
@@ -404,11 +384,11 @@ static void many_rows(const LinearInt8& a, const Activations& x) {
       a.m, a.n, a.k,
       [&](int64_t row, int64_t begin, int64_t length, Int* out) {
         const int8_t* in = x.q + row * a.k + begin;
-        for (int64_t i = 0; i < length; ++i) out[i] = Int(in[i] + kInt8Offset);
+        for (int64_t i = 0; i < length; ++i) out[i] = in[i];
       },
       [&](int64_t, int64_t) { return PanelsInt8(rows, a, x); },
       [&](PanelsInt8& panels, const Tiling& tiling, const int32_t* sums, int64_t first, int64_t count) {
-        panels.gather(first, count);
+        panels.columns.gather(first, count);
         for (int64_t r = 0; r < tiling.rows; ++r) {
           // Every row of y is a line in another page. Fetched ahead, products of 64 to 1024 rows took 0.98 of the time.
           __builtin_prefetch(static_cast<const T*>(a.y) + (tiling.first + r + 8) * a.n + first, 1);
@@ -428,7 +408,6 @@ static void onednn_rows(const LinearInt8& a, const Activations& x) {
     onednn_int8(x.q + m0 * a.k, a.w, rows, a.n, a.k, sums);
     parallel_for((a.n + kWide - 1) / kWide, 1, [&](int64_t first, int64_t last) {
       Columns<kWide> columns(a, x);
-      __builtin_memset(columns.row_sums, 0, sizeof(columns.row_sums));
       alignas(64) int32_t row[kWide] = {};
       for (int64_t n = first * kWide; n < a.n && n < last * kWide; n += kWide) {
         const int64_t count = a.n - n < kWide ? a.n - n : kWide;
@@ -458,8 +437,14 @@ static void linear(const LinearInt8& a) {
     for (int64_t c = 0; c < count; ++c) floats[m * width + c] = widen(static_cast<const T*>(a.x)[m * a.k + columns[c]]);
     if (rank) __builtin_memcpy(floats + m * width + count, a.branch.s + m * rank, sizeof(float) * rank);
   }
-  const Activations x{q, absmaxes, columns, count, width, floats};
-  (by_onednn(a.m, a.n, a.k) ? onednn_rows<T> : a.m <= kFewRows ? few_rows<T> : many_rows<T>)(a, x);
+  const bool onednn = by_onednn(a.m, a.n, a.k);
+  const Scratch<uint32_t> offsets(9, a.m);
+  parallel_for(a.m, (1 << 14) / (a.k + 1) + 1, [&](int64_t first, int64_t last) {
+    for (int64_t m = first; m < last; ++m)
+      offsets[m] = onednn ? 0 : uint32_t(kInt8Offset) * uint32_t(row_sum(q + m * a.k, a.k));
+  });
+  const Activations x{q, offsets, absmaxes, columns, count, width, floats};
+  (onednn ? onednn_rows<T> : a.m <= kFewRows ? few_rows<T> : many_rows<T>)(a, x);
 }
 
 void linear_int8(const LinearInt8& a) { QUANTLIB_BY_DTYPE(a.dtype, linear, a); }

@@ -31,7 +31,7 @@ constexpr int64_t kColumns = kVectors * W;
 
 // What int8 is multiplied as: the most to a lane that one instruction multiplies and sums without saturating.
 #if QUANTLIB_LEVEL >= 2
-typedef int8_t Int;  // vpdpbusd takes x as unsigned: 128 is added to it
+typedef int8_t Int;  // vpdpbusd takes the weight as unsigned: 128 is added to it
 #elif QUANTLIB_LEVEL == 1
 typedef int16_t Int;
 #else
@@ -60,7 +60,7 @@ SIMD_INLINE F32 multiply_add(const bf16* x, F32 w, F32 acc) {
 #endif
 #if QUANTLIB_LEVEL >= 2
 SIMD_INLINE I32 multiply_add(const Int* x, F32 w, I32 acc) {
-  return (I32)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)set1(load_raw<int32_t>(x)), (__m512i)w);
+  return (I32)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)set1(load_raw<int32_t>(x)));
 }
 #elif QUANTLIB_LEVEL == 1
 SIMD_INLINE I32 multiply_add(const Int* x, F32 w, I32 acc) {
@@ -147,15 +147,18 @@ static void tile_times_panel(int64_t rows, const E* x, const Steps& panel, int64
     for (int64_t i = 0; i < R * kColumns; i += W) add_to(out + i, load_raw<typename SumsOf<E>::Vector>(sum + i));
 }
 
-// A lane-wise transpose of W rows: rows [i * ldr + step] -> panel [step * kColumns + i]; rows after `last` repeat it.
-// Fills whole groups of W steps, with zeros at the end.
-SIMD_INLINE void transpose(const uint32_t* rows, int64_t ldr, int64_t last, int64_t steps, uint32_t* panel) {
+// A lane-wise transpose of W rows: rows [i * ldr + step] ^ flip -> panel [step * kColumns + i]; rows after `last`
+// repeat it. Fills whole groups of W steps, with `flip` at the end.
+SIMD_INLINE void transpose(const uint32_t* rows, int64_t ldr, int64_t last, int64_t steps, uint32_t* panel,
+                           uint32_t flip = 0) {
 #if QUANTLIB_LEVEL >= 2
   for (int64_t s = 0; s < steps; s += 16) {
     const __mmask16 mask = steps - s < 16 ? (1u << (steps - s)) - 1 : 0xffff;
     __m512i a[16], b[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) a[i] = _mm512_maskz_loadu_epi32(mask, rows + (i < last ? i : last) * ldr + s);
+    for (int i = 0; i < 16; ++i)
+      a[i] = _mm512_xor_si512(_mm512_maskz_loadu_epi32(mask, rows + (i < last ? i : last) * ldr + s),
+                              _mm512_set1_epi32(int(flip)));
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
       b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
@@ -190,7 +193,9 @@ SIMD_INLINE void transpose(const uint32_t* rows, int64_t ldr, int64_t last, int6
     __m256 a[8], b[8];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i)
-      a[i] = _mm256_maskload_ps(reinterpret_cast<const float*>(rows) + (i < last ? i : last) * ldr + s, mask);
+      a[i] = _mm256_xor_ps(
+          _mm256_maskload_ps(reinterpret_cast<const float*>(rows) + (i < last ? i : last) * ldr + s, mask),
+          _mm256_castsi256_ps(_mm256_set1_epi32(int(flip))));
 #pragma GCC unroll 4
     for (int i = 0; i < 8; i += 2) {
       b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
@@ -212,7 +217,8 @@ SIMD_INLINE void transpose(const uint32_t* rows, int64_t ldr, int64_t last, int6
   }
 #else
   for (int64_t s = 0; s < (steps + W - 1) / W * W; ++s)
-    for (int i = 0; i < W; ++i) panel[s * kColumns + i] = s < steps ? rows[(i < last ? i : last) * ldr + s] : 0;
+    for (int i = 0; i < W; ++i)
+      panel[s * kColumns + i] = (s < steps ? rows[(i < last ? i : last) * ldr + s] : 0) ^ flip;
 #endif
 }
 

@@ -83,7 +83,7 @@ struct Buffer {
     return data;
   }
 };
-thread_local Buffer buffers[9];
+thread_local Buffer buffers[10];
 
 std::atomic<Block*> kept_block{nullptr};
 

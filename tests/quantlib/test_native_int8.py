@@ -48,7 +48,9 @@ def test_quantize_large_tensor_and_blocks_across_threads(isa):
 
 @every_isa
 @every_dtype
-@pytest.mark.parametrize("m, n, k", [(1, 64, 512), (3, 30, 333), (20, 96, 100), (130, 70, 704), (5, 8, 40000)])
+@pytest.mark.parametrize(
+    "m, n, k", [(1, 64, 512), (3, 30, 333), (20, 96, 100), (64, 53, 333), (65, 53, 704), (130, 70, 333), (5, 8, 40000)]
+)
 @pytest.mark.parametrize("threshold", [0.0, 3.0])
 def test_linear_equals_the_exact_result(isa, dtype, m, n, k, threshold):
     """One rounding from the exact value, up to the few float32 operations before it."""
@@ -84,7 +86,7 @@ def test_linear_with_rows_that_panels_take_turns_at(isa, k):
 
 @every_isa
 @every_dtype
-@pytest.mark.parametrize("m, n, k", [(1, 64, 2048), (7, 129, 333), (130, 64, 300)])
+@pytest.mark.parametrize("m, n, k", [(1, 64, 2048), (7, 129, 320), (7, 129, 333), (130, 64, 300)])
 def test_gradient_within_error_budget(isa, dtype, m, n, k):
     values, absmax = int8_weight(n, k)
     dy = torch.randn(m, n).to(dtype)
@@ -114,15 +116,15 @@ def test_linear_any_shape_and_stride(isa, x, n, threshold):
 @every_isa
 @every_dtype
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
-@pytest.mark.parametrize("m", [1, 9])
-def test_linear_keeps_nan_and_inf(isa, dtype, threshold, m):
-    values, absmax = int8_weight(40, 130)
+@pytest.mark.parametrize("m, n, k", [(1, 40, 130), (9, 40, 130), (9, 41, 128), (70, 41, 128)])
+def test_linear_keeps_nan_and_inf(isa, dtype, threshold, m, n, k):
+    values, absmax = int8_weight(n, k)
     absmax = absmax.clone()
     absmax[3], absmax[4] = float("nan"), float("inf")
     values[3:5] = 0  # as quantize_int8 leaves them
-    x = torch.randn(m, 130).to(dtype)
+    x = torch.randn(m, k).to(dtype)
     x[0, 5], x[m - 1, 77] = float("nan"), float("inf")
-    dy = torch.randn(m, 40).to(dtype)
+    dy = torch.randn(m, n).to(dtype)
     dy[0, 1] = float("nan")
     with use_backend(isa):
         y = ops.linear_int8(x, values, absmax, None, threshold)
@@ -136,14 +138,15 @@ def test_linear_keeps_nan_and_inf(isa, dtype, threshold, m):
 
 
 @every_isa
-def test_extreme_products_do_not_saturate(isa):
+@pytest.mark.parametrize("m", [1, 2, 70])
+@pytest.mark.parametrize("k", [1030, 1032])
+@pytest.mark.parametrize("x_sign, w_sign", [(1, 1), (1, -1), (-1, 1), (-1, -1)])
+def test_extreme_products_do_not_saturate(isa, m, k, x_sign, w_sign):
     """All products 127 * 127 or its negative: what instructions with saturating sums get wrong."""
-    for sign in (1, -1):
-        x = torch.ones(2, 1030)
-        values = torch.full((6, 1030), 127 * sign, dtype=torch.int8)
-        with use_backend(isa):
-            y = ops.linear_int8(x, values, torch.ones(6), None, 0.0)
-        torch.testing.assert_close(y, torch.full((2, 6), 1030.0 * sign))
+    values = torch.full((6, k), 127 * w_sign, dtype=torch.int8)
+    with use_backend(isa):
+        y = ops.linear_int8(torch.full((m, k), float(x_sign)), values, torch.ones(6), None, 0.0)
+    torch.testing.assert_close(y, torch.full((m, 6), float(k * x_sign * w_sign)))
 
 
 @every_isa
