@@ -58,13 +58,14 @@ struct Rows4bit {
 };
 
 #if QUANTLIB_LEVEL > 0
-// Most rows for which dot products beat panels, measured: of bfloat16 and of floats.
-constexpr int64_t kFewRows = 30, kFewFloatRows = QUANTLIB_LEVEL >= 2 ? 6 : 24;
+// Most rows for which dot products beat panels, measured: of bfloat16, with blocks of 32 or larger ones, and of floats.
+constexpr int64_t kFewRowsOf32 = 20, kFewRows = 30, kFewFloatRows = QUANTLIB_LEVEL >= 2 ? 6 : 24;
 
 // Returns false if it did not compute y, or not all of it exactly: see few_rows_4bit.h.
 static bool multiply_few(const Linear4bit& a, const Product& product) {
 #if QUANTLIB_LEVEL == 3
-  if (a.dtype == DType::bf16) return a.m <= kFewRows && few_rows<bf16, bf16>(product, a.w);
+  if (a.dtype == DType::bf16)
+    return a.m <= (a.w.block_shift == 5 ? kFewRowsOf32 : kFewRows) && few_rows<bf16, bf16>(product, a.w);
 #endif
   if (a.m > kFewFloatRows) return false;
   switch (a.dtype) {
