@@ -96,9 +96,8 @@ struct CodePanels : AnyPanels {
   }
 
   void fetch(int64_t first, int64_t begin, int64_t from, int64_t to) const {
-    for (int64_t c = from; c < to; ++c)
-      for (int64_t i = begin; i < begin + kStretch; i += 128)
-        __builtin_prefetch(plain.w.packed + ((first + c) * k + i) / 2, 0, 2);
+    for (int64_t c = first + from; c < first + to; ++c)
+      prefetch_codes(plain.w, c * k + begin, c * k + begin + kStretch);
   }
 
   Stored<float> build(int64_t first, int64_t count, int64_t begin, int64_t length, float* panel) const {
@@ -162,10 +161,6 @@ struct DecodePairs {
   bf16* panel;
 
   SIMD_INLINE_MEMBER void operator()(int64_t i, F32* w) const {
-    // Of every word, a byte of each row, the nibbles: high ones first.
-    const __m512i fours = _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,  //
-                                                                4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7));
-    const __m512i shifts = _mm512_set1_epi64(0x00080000000c0004);
     const __m512i nibble = _mm512_set1_epi16(15), second = _mm512_set1_epi32(16 << 16);
     const int64_t row = begin + 2 * i, at = row * k + first, next = row + 1 < n ? k : 0;
     __builtin_prefetch(packed + (at + 32 * k) / 2, 0, 2);
@@ -176,8 +171,8 @@ struct DecodePairs {
     const __m128i words[kVectors] = {_mm_unpacklo_epi8(a, b), _mm_unpackhi_epi8(a, b)};
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      const __m512i spread = _mm512_permutexvar_epi16(fours, _mm512_castsi128_si512(words[v]));
-      const __m512i fields = _mm512_srlv_epi16(spread, shifts);
+      // Of every word, a byte of each row, the nibbles: high ones first.
+      const __m512i fields = shifted_words(words[v], 0x00080000000c0004);
       const __m512i index = _mm512_ternarylogic_epi64(fields, nibble, second, 0xea);  // fields & nibble | second
       w[v] = (F32)_mm512_permutexvar_epi16(index, table);
       store_raw(panel + 2 * (i * kColumns + v * W), w[v]);

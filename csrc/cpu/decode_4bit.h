@@ -100,6 +100,13 @@ SIMD_INLINE void fill(Table<T>& table, const Codebook& codebook, float scale) {
 // Codes are moved to the bottom of the lanes of an index, in order; what lies above them does not matter. vpermw looks
 // up 32 16-bit values by the low five bits of each lane; with the 16 values stored twice the fifth bit does not matter
 // either. vpermps does the same for 16 floats.
+
+// Each of 8 words in four lanes of 16 bits, shifted right by the four 16-bit fields of `shifts`.
+SIMD_INLINE __m512i shifted_words(__m128i words, int64_t shifts) {
+  const __m512i fours = _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,  //
+                                                              4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7));
+  return _mm512_srlv_epi16(_mm512_permutexvar_epi16(fours, _mm512_castsi128_si512(words)), _mm512_set1_epi64(shifts));
+}
 #if QUANTLIB_LEVEL == 3
 SIMD_INLINE __m512i codes32(const uint8_t* packed) {  // in 16-bit lanes
   const __m512i shifts = _mm512_set1_epi64(0x3f083f0c3f003f04);
@@ -111,10 +118,7 @@ SIMD_INLINE __m512i codes16(const uint8_t* packed) {  // in 32-bit lanes
 }
 #else
 SIMD_INLINE __m512i codes32(const uint8_t* packed) {
-  const __m512i fours = _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,  //
-                                                              4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7));
-  const __m512i words = _mm512_permutexvar_epi16(fours, _mm512_castsi128_si512(load_raw<__m128i>(packed)));
-  return _mm512_srlv_epi16(words, _mm512_set1_epi64(0x0008000c00000004));
+  return shifted_words(load_raw<__m128i>(packed), 0x0008000c00000004);
 }
 SIMD_INLINE __m512i codes16(const uint8_t* packed) {
   const __m512i eights = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
@@ -199,6 +203,11 @@ SIMD_INLINE void decode32(const uint8_t* packed, const Table<T>& table, T* out) 
   }
 }
 #endif
+
+// Fetches elements [begin, end) of the flat weight to L2; harmless beyond its end.
+SIMD_INLINE void prefetch_codes(const Weight4bit& w, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += 128) __builtin_prefetch(w.packed + i / 2, 0, 2);
+}
 
 // Where elements begin that can be looked up together. A panel of dx has 16 columns on AVX2.
 constexpr int64_t kLookedUp = QUANTLIB_LEVEL == 1 ? 8 : 32;

@@ -50,7 +50,7 @@ struct Rows4bit {
     QUANTLIB_ISA::decode(w, row * k + begin, row * k + end, out);
   }
   SIMD_INLINE_MEMBER void prefetch(int64_t row, int64_t begin, int64_t end) const {
-    for (int64_t i = begin; i < end; i += 128) __builtin_prefetch(w.packed + (row * k + i) / 2, 0, 2);
+    prefetch_codes(w, row * k + begin, row * k + end);
   }
   SIMD_INLINE_MEMBER void prefetch_below(int64_t row, int64_t begin) const {
     __builtin_prefetch(w.packed + ((row + 64) * k + begin) / 2, 0, 2);

@@ -49,7 +49,7 @@ def test_quantize_large_tensor_and_blocks_across_threads(isa):
 @every_isa
 @every_dtype
 @pytest.mark.parametrize(
-    "m, n, k", [(1, 64, 512), (3, 30, 333), (20, 96, 100), (64, 53, 333), (65, 53, 704), (130, 70, 333), (5, 8, 40000)]
+    "m, n, k", [(1, 64, 512), (3, 30, 333), (20, 96, 100), (64, 53, 333), (65, 53, 333), (130, 70, 704), (5, 8, 40000)]
 )
 @pytest.mark.parametrize("threshold", [0.0, 3.0])
 def test_linear_equals_the_exact_result(isa, dtype, m, n, k, threshold):
