@@ -2,34 +2,6 @@
 // Included after few_rows_4bit.h; AVX-512 only.
 
 #if QUANTLIB_LEVEL == 3
-// Turns 8 rows of lanes of 64 bits: row i begins i * row_bytes later; rows after `last` repeat it. Fills whole groups
-// of 8 steps, with zeros at the end.
-SIMD_INLINE void transpose64(const uint8_t* rows, int64_t row_bytes, int64_t last, int64_t steps, uint64_t* panel) {
-  for (int64_t s = 0; s < steps; s += 8) {
-    const __mmask8 mask = steps - s < 8 ? (1u << (steps - s)) - 1 : 0xff;
-    __m512i a[8], b[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) a[i] = _mm512_maskz_loadu_epi64(mask, rows + (i < last ? i : last) * row_bytes + 8 * s);
-#pragma GCC unroll 4
-    for (int i = 0; i < 8; i += 2) {
-      b[i] = _mm512_unpacklo_epi64(a[i], a[i + 1]);
-      b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 1]);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      a[i] = _mm512_shuffle_i32x4(b[i], b[i + 2], 0x88);
-      a[i + 2] = _mm512_shuffle_i32x4(b[i], b[i + 2], 0xdd);
-      a[i + 4] = _mm512_shuffle_i32x4(b[i + 4], b[i + 6], 0x88);
-      a[i + 6] = _mm512_shuffle_i32x4(b[i + 4], b[i + 6], 0xdd);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      _mm512_storeu_si512(panel + (s + i) * kColumns, _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88));
-      _mm512_storeu_si512(panel + (s + 4 + i) * kColumns, _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd));
-    }
-  }
-}
-
 // Looks up, scales and rounds the codes of a panel: for every 8 steps, columns of 16 codes side by side, of which step
 // i takes code i and code i + 8. Two neighbouring floats are then of one column, and converting two vectors of them to
 // one of bfloat16 leaves every pair in its place. absmax is laid out alike.
@@ -89,7 +61,7 @@ struct CodePanels : AnyPanels {
       const int64_t row = first + (group < count ? group : count - 1), last = first + count - 1 - row;
       if (blocks > 0)
         transpose(reinterpret_cast<const uint32_t*>(plain.w.absmax) + row * blocks, blocks, last, blocks,
-                  reinterpret_cast<uint32_t*>(absmax) + group);
+                  reinterpret_cast<uint32_t*>(absmax) + group, kColumns);
       for (int64_t i = 0; i < W && blocks == 0; ++i)
         absmax[group + i] = plain.w.absmax[(row + (i < last ? i : last)) * k >> plain.w.block_shift];
     }
@@ -105,7 +77,7 @@ struct CodePanels : AnyPanels {
     for (int64_t group = 0; group < kColumns; group += W) {
       const int64_t row = first + (group < count ? group : count - 1), last = first + count - 1 - row;
       const uint8_t* packed = plain.w.packed + (row * k + begin) / 2;
-      transpose(reinterpret_cast<const uint32_t*>(packed), k / 8, last, length / 8, words + group);
+      transpose(reinterpret_cast<const uint32_t*>(packed), k / 8, last, length / 8, words + group, kColumns);
     }
     const __m512 codebook = _mm512_loadu_ps(plain.w.codebook.code);
     const float* const absmax = absmax_of(first);
@@ -127,7 +99,7 @@ struct CodePanels : AnyPanels {
   DecodedSteps<DecodeTurned> build(int64_t first, int64_t count, int64_t begin, int64_t length, bf16* panel) {
     for (int64_t group = 0; group < kColumns; group += 8) {
       const int64_t row = first + (group < count ? group : count - 1), last = first + count - 1 - row;
-      transpose64(plain.w.packed + (row * k + begin) / 2, k / 2, last, length / 16, codes + group);
+      transpose64(plain.w.packed + (row * k + begin) / 2, k / 2, last, length / 16, codes + group, kColumns);
     }
     const int shift = plain.w.block_shift;
     const float* const absmax = absmax_of(first) + (begin >> shift) * kColumns;

@@ -128,8 +128,8 @@ void dequantize_4bit(const Weight4bit& w, int64_t n, DType dtype, void* out);
 // out[i] = row indices[i] of the weight, which has `dim` columns.
 void embedding_4bit(const Weight4bit& w, const int64_t* indices, int64_t count, int64_t dim, DType dtype, void* out);
 
-// The end of a LoRA branch: y[m, n] += scaling * s[m, rank] b^T, where b[i, j] = b[i * row + j * column], i < n; none
-// with rank 0.
+// The end of a LoRA branch: y[m, n] += scaling * s[m, rank] b^T, where b[i, j] = b[i * row + j * column], i < n, row or
+// column is 1; none with rank 0.
 struct Branch {
   int64_t rank = 0;
   const float* s = nullptr;

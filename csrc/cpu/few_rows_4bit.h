@@ -352,7 +352,10 @@ static bool few_rows(const Product& p, const Weight4bit& weight) {
   const int64_t length = padded(p.depth);
   const int64_t passes = (p.m + kFewAtOnce - 1) / kFewAtOnce;
   const Scratch<E> x(1, p.m * length);
-  for (int64_t m = 0; m < p.m; ++m) put_in_order(static_cast<const T*>(p.x) + m * p.depth, p.depth, x + m * length);
+  parallel_for(p.m, 16384 / p.depth + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m)
+      put_in_order(static_cast<const T*>(p.x) + m * p.depth, p.depth, x + m * length);
+  });
   bool finite = true;
   parallel_for((p.columns + 3) / 4, 16384 / p.depth + 1, [&](int64_t begin, int64_t end) {
     const int64_t last = end * 4 < p.columns ? end * 4 : p.columns;

@@ -32,6 +32,7 @@ namespace quantlib::QUANTLIB_ISA {
 
 #include "simd.h"
 #include "decode_4bit.h"
+#include "transpose.h"
 #include "branch.h"
 #include "matmul.h"
 #if QUANTLIB_LEVEL > 0

@@ -38,6 +38,7 @@ void linear_int8_dx(const LinearInt8& a) {
 namespace quantlib::QUANTLIB_ISA {
 
 #include "simd.h"
+#include "transpose.h"
 #include "dot_tile_int8.h"
 #include "branch.h"
 #include "matmul.h"
@@ -283,10 +284,11 @@ template <int64_t N>
 struct Columns {
   const LinearInt8& a;
   const Activations& x;
-  Scratch<float> floats;  // the weight's outlier columns and the branch's b, x.width times N
+  Scratch<float> floats;  // the weight's outlier columns and the branch's b, turned: [x.width, N]
   alignas(64) float absmax[N];
 
-  Columns(const LinearInt8& a, const Activations& x) : a(a), x(x), floats(8, x.width * N) {}
+  Columns(const LinearInt8& a, const Activations& x)
+      : a(a), x(x), floats(8, (x.count + whole_vectors(a.branch.rank)) * N) {}
 
   // Once the rows have passed, since few elements of many rows are slow to come from memory.
   void gather(int64_t first, int64_t count) {
@@ -295,10 +297,7 @@ struct Columns {
       for (int64_t c = 0; c < x.count; ++c)
         floats[c * N + j] = j < count ? float(a.w[(first + j) * a.k + x.columns[c]]) * absmax[j] * kStep : 0;
     }
-    if (a.branch.rank) {
-      __builtin_memset(floats + x.count * N, 0, sizeof(float) * a.branch.rank * N);
-      turn_branch(a.branch, first, count, floats + x.count * N, N);
-    }
+    if (a.branch.rank) turn_branch(a.branch, first, count, floats + x.count * N, N);
   }
   // `count` elements of row m of y from column n on; sums has N integers.
   template <class T>
@@ -371,7 +370,7 @@ struct PanelsInt8 : RowPanels<RowsInt8> {
     for (int64_t group = 0; group < kColumns; group += W) {
       const int64_t row = first + (group < count ? group : count - 1), last = first + count - 1 - row;
       transpose(reinterpret_cast<const uint32_t*>(w.values + row * w.k + begin), w.k / 4, last, length / 4,
-                reinterpret_cast<uint32_t*>(panel) + group, kInt8Offset * 0x01010101u);
+                reinterpret_cast<uint32_t*>(panel) + group, kColumns, kInt8Offset * 0x01010101u);
     }
     return {panel};
   }

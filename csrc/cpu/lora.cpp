@@ -31,6 +31,7 @@ void add_dropped_branch(DType dtype, const Branch& branch, int64_t m, int64_t n,
 namespace quantlib::QUANTLIB_ISA {
 
 #include "simd.h"
+#include "transpose.h"
 #include "branch.h"
 #include "matmul.h"
 
@@ -69,21 +70,31 @@ static void dots(const X* x, const A* a, int64_t k, int64_t rank, float* s) {
     for (int j = 0; j < J; ++j) s[r * rank + j] = sum(total[r][j]);
 }
 
-template <int R, class X, class A>
-static void dots(const X* x, const A* a, int64_t k, int64_t rank, float* s) {
-  int64_t j = 0;
-  for (; j + kTile <= rank; j += kTile) dots<R, kTile>(x, a + j * k, k, rank, s + j);
-  for (; j < rank; ++j) dots<R, 1>(x, a + j * k, k, rank, s + j);
+// Up to kTile rows of x and of a.
+template <class X, class A>
+static void tile_of_dots(int64_t rows, int64_t columns, const X* x, const A* a, int64_t k, int64_t rank, float* s) {
+  if (rows < kTile)
+    for (int64_t r = 0; r < rows; ++r)
+      if (columns < kTile)
+        for (int64_t j = 0; j < columns; ++j) dots<1, 1>(x + r * k, a + j * k, k, rank, s + r * rank + j);
+      else
+        dots<1, kTile>(x + r * k, a, k, rank, s + r * rank);
+  else if (columns < kTile)
+    for (int64_t j = 0; j < columns; ++j) dots<kTile, 1>(x, a + j * k, k, rank, s + j);
+  else
+    dots<kTile, kTile>(x, a, k, rank, s);
 }
 
+// Few rows of x: tiles of s are shared out, so that not one thread has all of a single row.
 template <class X, class A>
-static void lora_s_typed(const void* x_, int64_t m, int64_t k, const A* a, int64_t rank, float* s) {
+static void few_dots(const void* x_, int64_t m, int64_t k, const A* a, int64_t rank, float* s) {
   const X* x = static_cast<const X*>(x_);
-  parallel_for((m + kTile - 1) / kTile, 16384 / (k + 1) + 1, [&](int64_t first, int64_t last) {
-    const int64_t end = last * kTile < m ? last * kTile : m;
-    int64_t row = first * kTile;
-    for (; row + kTile <= end; row += kTile) dots<kTile>(x + row * k, a, k, rank, s + row * rank);
-    for (; row < end; ++row) dots<1>(x + row * k, a, k, rank, s + row * rank);
+  const int64_t across = (rank + kTile - 1) / kTile, tiles = (m + kTile - 1) / kTile * across;
+  parallel_for(tiles, 16384 / (k + 1) + 1, [&](int64_t first, int64_t last) {
+    for (int64_t tile = first; tile < last; ++tile) {
+      const int64_t r = tile / across * kTile, j = tile % across * kTile;
+      tile_of_dots(m - r, rank - j, x + r * k, a + j * k, k, rank, s + r * rank + j);
+    }
   });
 }
 
@@ -147,21 +158,18 @@ static void many_dots(const void* x, int64_t m, int64_t k, const A* a, int64_t r
       });
 }
 
+// Most rows for which no panels are made, measured.
+constexpr int64_t kFewRows = QUANTLIB_LEVEL >= 2 ? 64 : 32;
+
 template <class A>
 static void lora_s_of(DType x_dtype, const void* x, int64_t m, int64_t k, const void* a_, int64_t row, int64_t column,
                       int64_t rank, float* s) {
-  constexpr int64_t kFewRows = 16;
   const A* a = static_cast<const A*>(a_);
-  if (m > kFewRows) {
+  if (m <= kFewRows && column == 1 && row == k) {
+    QUANTLIB_BY_DTYPE(x_dtype, few_dots, x, m, k, a, rank, s);
+  } else {
     QUANTLIB_BY_DTYPE(x_dtype, many_dots, x, m, k, a, row, column, rank, s);
-    return;
   }
-  const bool in_rows = column == 1 && row == k;
-  const Scratch<A> turned(0, in_rows ? 0 : rank * k);
-  for (int64_t i = 0; i < k && !in_rows; ++i)
-    for (int64_t j = 0; j < rank; ++j) turned[j * k + i] = a[j * row + i * column];
-  if (!in_rows) a = turned;
-  QUANTLIB_BY_DTYPE(x_dtype, lora_s_typed, x, m, k, a, rank, s);
 }
 
 void lora_s(DType x_dtype, const void* x, int64_t m, int64_t k, DType a_dtype, const void* a, int64_t row,
@@ -211,8 +219,77 @@ static void outer(const X* x, int64_t m, int64_t k, const float* s, const Gradie
       });
 }
 
+template <class T>
+static void read_run(const void* in, int64_t at, int64_t count, float* out) {
+  convert(static_cast<const T*>(in) + at, count, out);
+}
+// Scales sums as well.
+template <class Out>
+static void write_scaled(float* sums, int64_t count, float scaling, void* out, int64_t at) {
+  for (int64_t i = 0; i < count; ++i) sums[i] *= scaling;
+  convert(sums, count, static_cast<Out*>(out) + at);
+}
+
+// Columns of x or dy at a time, of few rows.
+constexpr int64_t kPart = 64;
+static int64_t parts_grain(int64_t m) { return 16384 / (m * kPart + 1) + 1; }
+
+template <class X>
+static void few_da(const X* x, int64_t m, int64_t k, const float* ds, const Gradient& da) {
+  parallel_for((k + kPart - 1) / kPart, parts_grain(m), [&](int64_t first, int64_t last) {
+    alignas(64) float rows[kFewRows * kPart];
+    const Scratch<float> sums(0, da.rank * kPart);
+    for (int64_t c = first * kPart; c < k && c < last * kPart; c += kPart) {
+      const int64_t count = k - c < kPart ? k - c : kPart, width = whole_vectors(count);
+      for (int64_t r = 0; r < m; ++r) convert(x + r * k + c, count, rows + r * width);
+      __builtin_memset(sums, 0, sizeof(float) * da.rank * width);
+      add_product(da.rank, ds, 1, da.rank, rows, m, width, sums, width);
+      for (int64_t j = 0; j < da.rank; ++j)
+        QUANTLIB_BY_DTYPE(da.dtype, write_scaled, sums + j * width, count, da.scaling, da.out, j * k + c);
+    }
+  });
+}
+
+// Both gradients in one pass over dy. Parts of ds are added up in their order at the end: it does not depend on the
+// number of threads.
+template <class X>
+static void few_dy(const X* dy, int64_t m, int64_t n, DType b_dtype, const void* b, float* ds, const float* s,
+                   const Gradient& db) {
+  const int64_t rank = db.rank, width = whole_vectors(rank), parts = (n + kPart - 1) / kPart;
+  const Scratch<float> sums(3, ds ? parts * m * width : 0), wide_s(4, db.out ? m * width : 0);
+  for (int64_t r = 0; r < m && db.out; ++r) convert(s + r * rank, rank, wide_s + r * width);
+  parallel_for(parts, parts_grain(m), [&](int64_t first, int64_t last) {
+    alignas(64) float rows[kFewRows * kPart];
+    const Scratch<float> block(0, kPart * width);
+    for (int64_t part = first; part < last; ++part) {
+      const int64_t c = part * kPart, count = n - c < kPart ? n - c : kPart;
+      for (int64_t r = 0; r < m; ++r) convert(dy + r * n + c, count, rows + r * kPart);
+      if (ds) {
+        float* const to = sums + part * m * width;
+        for (int64_t i = 0; i < count; ++i)
+          QUANTLIB_BY_DTYPE(b_dtype, read_run, b, (c + i) * rank, rank, block + i * width);
+        __builtin_memset(to, 0, sizeof(float) * m * width);
+        add_product(m, rows, kPart, 1, block, count, width, to, width);
+      }
+      if (db.out) {
+        __builtin_memset(block, 0, sizeof(float) * count * width);
+        add_product(count, rows, 1, kPart, wide_s, m, width, block, width);
+        for (int64_t i = 0; i < count; ++i)
+          QUANTLIB_BY_DTYPE(db.dtype, write_scaled, block + i * width, rank, db.scaling, db.out, (c + i) * rank);
+      }
+    }
+  });
+  for (int64_t r = 0; r < m && ds; ++r)
+    for (int64_t j = 0; j < rank; j += W) {
+      F32 total = {};
+      for (int64_t part = 0; part < parts; ++part) total += load(sums + (part * m + r) * width + j);
+      store_part(ds + r * rank + j, total, rank - j < W ? rank - j : W);
+    }
+}
+
 template <class X>
 static void da_of(const void* x, int64_t m, int64_t k, const float* ds, const Gradient& da) {
+  if (m <= kFewRows) return few_da(static_cast<const X*>(x), m, k, ds, da);
   outer(static_cast<const X*>(x), m, k, ds, da, nullptr, true, true);
 }
 
@@ -229,6 +306,7 @@ static void dy_of(DType dtype, const void* dy_, int64_t m, int64_t n, DType b_dt
                   float* ds, const float* s, const Gradient& db) {
   constexpr int64_t kBlock = 2 << 20;
   const X* dy = static_cast<const X*>(dy_);
+  if (m <= kFewRows) return few_dy(dy, m, n, b_dtype, b, ds, s, db);
   const int64_t fitting = kBlock / (n * int64_t(sizeof(X)) + 1) / kStretch * kStretch;
   const int64_t rows = fitting > kStretch ? fitting : kStretch;
   const Scratch<float> sums(4, db.out && rows < m ? rank * n : 0);

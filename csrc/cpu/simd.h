@@ -158,8 +158,17 @@ SIMD_INLINE bool any(I32 mask) {
 // The first n < W elements, the rest zero; and their counterpart.
 template <class T>
 SIMD_INLINE F32 load_part(const T* p, int64_t n) {
+#if QUANTLIB_LEVEL >= 2
+  T buffer[W];
+  const __mmask16 mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 4)
+    store_raw(buffer, _mm512_maskz_loadu_epi32(mask, p));
+  else
+    store_raw(buffer, _mm256_maskz_loadu_epi16(mask, p));
+#else
   T buffer[W] = {};
   __builtin_memcpy(buffer, p, sizeof(T) * n);
+#endif
   return load(buffer);
 }
 template <class T>

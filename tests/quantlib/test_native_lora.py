@@ -7,9 +7,11 @@ import torch
 from hypothesis import strategies as st
 
 from quantlib import reference, use_backend
+from tests.threads import threads
 
 from .native import (
     assert_error_within,
+    assert_same,
     block_sizes,
     dtypes,
     every_dtype,
@@ -116,7 +118,10 @@ def test_dropout_is_that_of_the_op(isa):
 @every_dtype
 @pytest.mark.parametrize("kind", ["4bit", "int8"])
 @pytest.mark.parametrize("p, seed", [(0.0, None), (0.25, 7)])
-@pytest.mark.parametrize("m, n, k, rank", [(1, 256, 512, 16), (5, 129, 333, 3), (40, 70, 704, 8), (130, 100, 256, 33)])
+@pytest.mark.parametrize(
+    "m, n, k, rank",
+    [(1, 256, 512, 16), (5, 129, 333, 3), (32, 70, 80, 19), (40, 70, 704, 8), (64, 64, 60, 16), (130, 100, 256, 33)],
+)
 def test_gradients_within_error_budget(isa, dtype, kind, m, n, k, rank, p, seed):
     """Of plain PyTorch, which rounds what it multiplies by the branch's factors."""
     x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
@@ -137,7 +142,7 @@ def test_gradients_within_error_budget(isa, dtype, kind, m, n, k, rank, p, seed)
 
 
 @every_isa
-@pytest.mark.parametrize("m, n", [(3, 90), (100, 90), (700, 4200)])
+@pytest.mark.parametrize("m, n", [(3, 90), (20, 4200), (100, 90), (700, 4200)])
 def test_gradients_of_float32_factors_are_not_rounded_to_16_bits(isa, m, n):
     """Of few rows, of many, and of more than are read at once."""
     k, rank, scaling = 130, 5, 0.5
@@ -196,6 +201,42 @@ def test_gradients_of_any_shape_stride_and_dtype(isa, x, n, rank, factor_dtype, 
             tolerance = eps * size + floor
             too_large = exact.abs() + tolerance > torch.finfo(dtype).max
             assert (((got.double() - exact).abs() <= tolerance) | too_large).all()
+
+
+@every_isa
+@every_dtype
+@pytest.mark.parametrize("m", [1, 7, 40, 70])
+def test_reproducible_for_any_number_of_threads(isa, dtype, m):
+    n, k, rank, scaling = 1000, 1500, 20, 0.5
+    x, dy, s = (torch.randn(m, size).to(dtype) for size in (k, n, rank))
+    a, b, _ = branch(x, n, rank, torch.float32)
+    weight = weight_4bit(n, k)
+
+    def run(count):
+        with threads(count), use_backend(isa):
+            forward = ops.lora_linear_4bit(x, *weight, None, a, b, scaling, None, 0.0, True)
+            return *forward, *ops.lora_linear_4bit_backward(dy, x, s, *weight, a, b, scaling, None, 0.0, [True] * 3)
+
+    for one, three in zip(run(1), run(3), strict=True):
+        assert_same(three, one)
+
+
+@every_isa
+@pytest.mark.parametrize("m", [5, 70])
+def test_nan_in_a_row_stays_there(isa, m):
+    n, k, rank = 90, 130, 5
+    x, dy, s = (torch.randn(m, size) for size in (k, n, rank))
+    a, b, scaling = branch(x, n, rank, torch.float32)
+    x[2, 100], dy[3, 70] = float("nan"), float("inf")
+    weight = weight_4bit(n, k)
+    with use_backend(isa):
+        y, kept = ops.lora_linear_4bit(x, *weight, None, a, b, scaling, None, 0.0, True)
+        dx, da, db = ops.lora_linear_4bit_backward(dy, x, s, *weight, a, b, scaling, None, 0.0, [True] * 3)
+    rows = torch.arange(m)
+    for result, row in ((y, 2), (kept, 2), (dx, 3)):
+        assert torch.equal(result.isfinite().all(1), rows != row)
+    assert torch.equal(db.isfinite().all(1), torch.arange(n) != 70)
+    assert not da.isfinite().any()  # row 3 of ds is not, and column 100 of x
 
 
 def test_what_would_read_beyond_a_tensor_is_refused():
