@@ -177,12 +177,14 @@ SIMD_INLINE FloatTable lookup_table(const Codebook& codebook, float scale, const
   const __m256 s = _mm256_set1_ps(scale);
   return {_mm256_mul_ps(_mm256_loadu_ps(codebook.code), s), _mm256_mul_ps(_mm256_loadu_ps(codebook.code + 8), s)};
 }
-SIMD_INLINE F32 lookup8(const uint8_t* packed, const FloatTable& table) {
-  const __m256i shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
-  const __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(load_raw<int32_t>(packed)), shifts);
+SIMD_INLINE F32 lookup8(__m256i index, const FloatTable& table) {
   const __m256 low = _mm256_permutevar8x32_ps(table.low, index);
   const __m256 high = _mm256_permutevar8x32_ps(table.high, index);
   return (F32)_mm256_blendv_ps(low, high, (__m256)_mm256_slli_epi32(index, 28));
+}
+SIMD_INLINE F32 lookup8(const uint8_t* packed, const FloatTable& table) {
+  const __m256i shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
+  return lookup8(_mm256_srlv_epi32(_mm256_set1_epi32(load_raw<int32_t>(packed)), shifts), table);
 }
 template <class T>
 SIMD_INLINE void decode32(const uint8_t* packed, const FloatTable& table, T* out) {

@@ -25,8 +25,8 @@ constexpr int64_t kFewBytes = QUANTLIB_LEVEL >= 2 ? 256 << 10 : 24 << 10;
 // Rows of the weight ahead that are fetched, to L2: in L1 they displaced x, and out of the cache 1 row took 1.14
 // to 1.35 times as long (14336 x 4096, 4096 x 14336).
 constexpr int64_t kFewAhead = 8;
-// Rows of x are padded to a multiple of this.
-constexpr int64_t kGroup = 128;
+// Codes of a row that are loaded at a time: a vector of 32-bit words. Rows of x are padded to whole groups.
+constexpr int64_t kGroup = 8 * W;
 static int64_t padded(int64_t k) { return (k + kGroup - 1) / kGroup * kGroup; }
 // Rows of the weight at a time: independent chains of sums that share the loads of x, as far as registers go.
 #if QUANTLIB_LEVEL >= 2
@@ -39,17 +39,56 @@ constexpr int kFewColumns = M > 2   ? 1
                                     : 4;
 #endif
 
-// What decodes kStep codes of rows of the weight at a time, and how x is laid out for it.
-#if QUANTLIB_LEVEL >= 2
-// W codes, in order.
-struct FloatCodes {
-  __m512 table;
+// A group's words, shifted by 0, 4, 8 ... bits, have codes 1, 0, 3, 2 ... of every lane at their bottom, and x is put
+// in that order. The lookups of Values do not see what lies above.
+template <class E>
+constexpr int kLanes = W * int(kPer<E>);
+template <class E>
+constexpr int kParts = kGroup / kLanes<E>;
+template <class E>
+struct Values;
 
-  SIMD_INLINE_MEMBER explicit FloatCodes(const Codebook& codebook) : table(_mm512_loadu_ps(codebook.code)) {}
-  SIMD_INLINE_MEMBER F32 operator()(const uint8_t* packed) const {
-    return (F32)_mm512_permutexvar_ps(codes16(packed), table);
+#if QUANTLIB_LEVEL >= 2
+typedef __m512i Codes;
+SIMD_INLINE Codes load_codes(const uint8_t* packed, int64_t count) {
+  return count == kGroup ? _mm512_loadu_si512(packed) : _mm512_maskz_loadu_epi64((1 << count / 16) - 1, packed);
+}
+
+template <>
+struct Values<float> {
+  __m512 codebook;
+
+  SIMD_INLINE_MEMBER explicit Values(const Codebook& codebook) : codebook(_mm512_loadu_ps(codebook.code)) {}
+  SIMD_INLINE_MEMBER F32 operator()(Codes codes, int part) const {
+    return (F32)_mm512_permutexvar_ps(_mm512_srli_epi32(codes, unsigned(4 * part)), codebook);
   }
 };
+#if QUANTLIB_LEVEL == 3
+// vpermw looks at the low five bits of a 16-bit lane, of which four are the code: the codebook stands there twice.
+template <>
+struct Values<bf16> {
+  __m512i codebook;
+
+  SIMD_INLINE_MEMBER explicit Values(const Codebook& c)
+      : codebook((__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(c.code), _mm512_loadu_ps(c.code))) {}
+  SIMD_INLINE_MEMBER F32 operator()(Codes codes, int part) const {
+    return (F32)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, unsigned(4 * part)), codebook);
+  }
+};
+#endif
+
+// The scales of a group of kBlocks blocks, `count` codes of it, by lanes.
+template <int kBlocks>
+SIMD_INLINE F32 load_scales(const float* absmax, int64_t count) {
+  if (kBlocks == 1) return set1(*absmax);
+  const __m512i fours = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  const __m512i block = kBlocks == 4 ? fours : _mm512_srli_epi32(fours, 1);
+  const __mmask8 some = (1 << (count * kBlocks + kGroup - 1) / kGroup) - 1;
+  const __m128 scales = count < kGroup ? _mm_maskz_loadu_ps(some, absmax)
+                        : kBlocks == 4 ? _mm_loadu_ps(absmax)
+                                       : _mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)absmax));
+  return (F32)_mm512_permutexvar_ps(block, _mm512_castps128_ps512(scales));
+}
 
 // The sums of N vectors, four at a time: less than half the instructions of one at a time.
 template <int N>
@@ -70,13 +109,27 @@ SIMD_INLINE void sums(const F32* v, float* out) {
   }
 }
 #else
-struct FloatCodes {
-  FloatTable table;
+typedef __m256i Codes;
+SIMD_INLINE Codes load_codes(const uint8_t* packed, int64_t count) {
+  return count == kGroup ? load_raw<__m256i>(packed) : _mm256_zextsi128_si256(load_raw<__m128i>(packed));
+}
 
-  SIMD_INLINE_MEMBER explicit FloatCodes(const Codebook& codebook)
-      : table{_mm256_loadu_ps(codebook.code), _mm256_loadu_ps(codebook.code + 8)} {}
-  SIMD_INLINE_MEMBER F32 operator()(const uint8_t* packed) const { return lookup8(packed, table); }
+template <>
+struct Values<float> {
+  FloatTable codebook;
+
+  SIMD_INLINE_MEMBER explicit Values(const Codebook& c)
+      : codebook{_mm256_loadu_ps(c.code), _mm256_loadu_ps(c.code + 8)} {}
+  SIMD_INLINE_MEMBER F32 operator()(Codes codes, int part) const {
+    return lookup8(_mm256_srli_epi32(codes, 4 * part), codebook);
+  }
 };
+
+template <int kBlocks>
+SIMD_INLINE F32 load_scales(const float* absmax, int64_t count) {
+  if (kBlocks == 1 || count < kGroup) return set1(*absmax);
+  return (F32)_mm256_set_m128(_mm_set1_ps(absmax[1]), _mm_set1_ps(absmax[0]));
+}
 
 template <int N>
 SIMD_INLINE void sums(const F32* v, float* out) {
@@ -87,8 +140,24 @@ SIMD_INLINE void sums(const F32* v, float* out) {
 
 template <class T>
 static void put_in_order(const T* x, int64_t k, float* out) {
-  convert(x, k, out);
+  for (int64_t begin = 0; begin < k; begin += kGroup, out += kGroup) {
+    float group[kGroup] = {};
+    convert(x + begin, k - begin < kGroup ? k - begin : kGroup, group);
+    for (int64_t i = 0; i < kGroup; ++i) out[i] = group[i % W * 8 + (i / W ^ 1)];
+  }
 }
+#if QUANTLIB_LEVEL == 3
+static void put_in_order(const bf16* x, int64_t k, bf16* out) {
+  for (int64_t begin = 0; begin < k; begin += kGroup)
+    for (int64_t i = 0; i < kGroup; i += 32) {
+      const int64_t left = k - begin - i;
+      const __m512i v = _mm512_maskz_loadu_epi16(left >= 32 ? ~0u : 0, x + begin + i);
+#pragma GCC unroll 4
+      for (int64_t s = 0; s < 4; ++s)
+        store_raw(out + begin + 32 * s + i / 4, _mm512_cvtepi64_epi16(_mm512_srli_epi64(v, unsigned(16 * (s ^ 1)))));
+    }
+}
+#endif
 
 // Rows first ... first + R of the weight; those from `end` on repeat the last.
 template <int R>
@@ -121,146 +190,79 @@ SIMD_INLINE void add_totals(const F32* total, float* out) {
   for (int i = 0; i < M * R; ++i) out[i / R * kStrip + i % R] += all[i];
 }
 
-// out[m * kStrip + r] += x row m . w row first + r over columns [begin, stop); begin is a multiple of kGroup.
-template <int M>
-static void few_dots(const Weight4bit& w, const float* x, int64_t k, int64_t first, int64_t end, int64_t begin,
+// acc + x w, by lanes.
+template <class E>
+SIMD_INLINE F32 add_products(F32 x, F32 w, F32 acc) {
+#if QUANTLIB_LEVEL == 3
+  if constexpr (__is_same(E, bf16)) return (F32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)w);
+#endif
+  return fma(x, w, acc);
+}
+
+// sums[m * R + r] += x row m . `count` codes from column `begin` of row r of the weight; their values are
+// value(r, codes, part), and between(part) comes before the products of a part.
+template <int M, int R, class E, class Value, class Between>
+SIMD_INLINE void add_group(const FewRows<R>& rows, const E* x, int64_t length, int64_t begin, int64_t count,
+                           const Value& value, const Between& between, F32* sums) {
+  Codes codes[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    codes[r] = load_codes(rows.packed[r] + begin / 2, count);
+    rows.fetch_ahead(begin, r);
+  }
+#pragma GCC unroll 8
+  for (int part = 0; part < kParts<E>; ++part) {
+    F32 b[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) b[r] = value(r, codes[r], part);
+    between(part);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const F32 a = load_raw<F32>(x + m * length + begin + kLanes<E> * part);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sums[m * R + r] = add_products<E>(a, b[r], sums[m * R + r]);
+    }
+  }
+}
+
+// out[m * kStrip + r] += x row m . w row first + r over columns [begin, stop); begin is a multiple of kGroup. kBlocks:
+// how many blocks a group has, or 1.
+template <int M, int kBlocks, class E>
+static void few_dots(const Weight4bit& w, const E* x, int64_t k, int64_t first, int64_t end, int64_t begin,
                      int64_t stop, float* out) {
   constexpr int R = kFewColumns<M>;
-  const FloatCodes codes(w.codebook);
+  const Values<E> values(w.codebook);
   const FewRows<R> rows(w, k, first, end, begin == 0 && stop == k);
   const int64_t length = padded(k);
   const float* const absmax = w.absmax;
   const int shift = w.block_shift;
-  const int64_t chunk = shift < 7 ? int64_t(1) << shift : 128;  // lies in one block
   F32 total[M * R] = {};
-  for (; begin < stop; begin += chunk) {
-    const int64_t count = stop - begin < chunk ? stop - begin : chunk;
+  const auto group = [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
     F32 sum[M * R] = {};
-    for (int64_t i = begin; i < begin + count; i += W) {
-      F32 b[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) b[r] = codes(rows.packed[r] + i / 2);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        const F32 a = load(x + m * length + i);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sum[m * R + r] = fma(a, b[r], sum[m * R + r]);
-      }
-    }
+    add_group<M, R>(
+        rows, x, length, begin, count,
+        [&](int, Codes codes, int part) __attribute__((always_inline)) { return values(codes, part); },
+        [](int) __attribute__((always_inline)) {}, sum);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      rows.fetch_ahead(begin, r);
-      const F32 scale = set1(absmax[(rows.origin[r] + begin) >> shift]);
+      const F32 scale = load_scales<kBlocks>(absmax + ((rows.origin[r] + begin) >> shift), count);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) total[m * R + r] = fma(sum[m * R + r], scale, total[m * R + r]);
     }
-  }
+  };
+  for (; begin + kGroup <= stop; begin += kGroup) group(begin, kGroup);
+  if (begin < stop) group(begin, stop - begin);
   add_totals<M, R>(total, out);
 }
 
 #if QUANTLIB_LEVEL == 3
-// The codebook in bfloat16, twice: vpermw looks at the low five bits of a 16-bit lane, of which four are the code.
-SIMD_INLINE __m512i codebook_bf16(const Codebook& codebook) {
-  const __m512 codes = _mm512_loadu_ps(codebook.code);
-  return (__m512i)_mm512_cvtne2ps_pbh(codes, codes);
-}
-
-// A 64-byte load holds 128 codes in 32 words of 4; shifted by 0, 4, 8 and 12 bits the words look up codes 1, 0, 3 and 2
-// of each, so x is put in that order first.
-static void put_in_order(const bf16* x, int64_t k, bf16* out) {
-  for (int64_t begin = 0; begin < k; begin += kGroup)
-    for (int64_t i = 0; i < kGroup; i += 32) {
-      const int64_t left = k - begin - i;
-      const __m512i v = _mm512_maskz_loadu_epi16(left >= 32 ? ~0u : 0, x + begin + i);
-#pragma GCC unroll 4
-      for (int64_t s = 0; s < 4; ++s)
-        store_raw(out + begin + 32 * s + i / 4, _mm512_cvtepi64_epi16(_mm512_srli_epi64(v, unsigned(16 * (s ^ 1)))));
-    }
-}
-
-// sums[m * R + r] += x row m . the 128 codes from column `begin` of row r of the weight, as load finds them and
-// lookup(r, codes) their values; after the lookups of each quarter q come between(q) and the products.
-template <int M, int R, class Load, class Lookup, class Between>
-SIMD_INLINE void add_group(const FewRows<R>& rows, const bf16* x, int64_t length, int64_t begin, const Load& load,
-                           const Lookup& lookup, const Between& between, F32* sums) {
-  __m512i codes[R];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-    codes[r] = load(rows.packed[r] + begin / 2);
-    rows.fetch_ahead(begin, r);
-  }
-#pragma GCC unroll 4
-  for (int q = 0; q < 4; ++q) {
-    __m512bh b[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) b[r] = (__m512bh)lookup(r, _mm512_srli_epi16(codes[r], 4 * q));
-    between(q);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const __m512bh a = load_raw<__m512bh>(x + m * length + begin + 32 * q);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sums[m * R + r] = (F32)_mm512_dpbf16_ps((__m512)sums[m * R + r], a, b[r]);
-    }
-  }
-}
-
-// The same as above in bfloat16. kBlocks: how many blocks a group of 128 has, or 1.
-template <int M, int kBlocks>
-static void few_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t first, int64_t end, int64_t begin,
-                     int64_t stop, float* out) {
-  constexpr int R = kFewColumns<M>;
-  const __m512i table = codebook_bf16(w.codebook);
-  const FewRows<R> rows(w, k, first, end, begin == 0 && stop == k);
-  const int64_t length = padded(k);
-  const float* const absmax = w.absmax;
-  const int shift = w.block_shift;
-  F32 total[M * R] = {};
-  const auto group = [&](int64_t begin, auto load_codes, auto load_scale) __attribute__((always_inline)) {
-    F32 sum[M * R] = {};
-    add_group<M, R>(
-        rows, x, length, begin, load_codes,
-        [&](int, __m512i index) __attribute__((always_inline)) { return _mm512_permutexvar_epi16(index, table); },
-        [](int) __attribute__((always_inline)) {}, sum);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const F32 scale = load_scale(absmax + ((rows.origin[r] + begin) >> shift));
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) total[m * R + r] = fma(sum[m * R + r], scale, total[m * R + r]);
-    }
-  };
-  const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  const __m512i block = kBlocks == 4 ? lanes : _mm512_srli_epi32(lanes, 1);
-  const auto spread = [&](__m128 scales) __attribute__((always_inline)) {
-    return (F32)_mm512_permutexvar_ps(block, _mm512_castps128_ps512(scales));
-  };
-  for (; begin + kGroup <= stop; begin += kGroup)
-    group(
-        begin, [](const uint8_t* p) __attribute__((always_inline)) { return _mm512_loadu_si512(p); },
-        [&](const float* p) __attribute__((always_inline)) {
-          if constexpr (kBlocks == 1) return set1(*p);
-          if constexpr (kBlocks == 2) return spread(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)p)));
-          return spread(_mm_loadu_ps(p));
-        });
-  if (begin < stop) {
-    const int64_t left = stop - begin, blocks = (left * kBlocks + kGroup - 1) / kGroup;
-    group(
-        begin,
-        [&](const uint8_t* p)
-            __attribute__((always_inline)) { return _mm512_maskz_loadu_epi64((1 << left / 16) - 1, p); },
-        [&](const float* p) __attribute__((always_inline)) {
-          return kBlocks == 1 ? set1(*p) : spread(_mm_maskz_loadu_ps((1 << blocks) - 1, p));
-        });
-  }
-  add_totals<M, R>(total, out);
-}
-
 // Rows of x from which the codebook is scaled, and rows of the weight at a time then.
 constexpr int kScaledRows = 4, kScaledColumns = 3;
 
-// The same for blocks of 64 and more, each of which has its own table: the codebook times absmax, rounded to bfloat16
-// as dequantize_4bit rounds. A group of 128 has kBlocks blocks, side by side in one table, where the fifth bit of an
-// index is the block. Tables are made a group ahead: made when they were wanted, 4 rows took 1.10 and 6 rows 1.14 times
-// as long in L1, no less than scaling sums.
+// The same for bfloat16 and blocks of 64 and more, each of which has its own table: the codebook times absmax, rounded
+// to bfloat16 as dequantize_4bit rounds. A group of 128 has kBlocks blocks, side by side in one table, where the fifth
+// bit of an index is the block. Tables are made a group ahead: made when they were wanted, 4 rows took 1.10 and 6
+// rows 1.14 times as long in L1, no less than scaling sums.
 template <int M, int kBlocks>
 static void few_scaled_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t first, int64_t end, int64_t begin,
                             int64_t stop, float* out) {
@@ -280,52 +282,46 @@ static void few_scaled_dots(const Weight4bit& w, const bf16* x, int64_t k, int64
   __m512i table[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) table[r] = table_of(r, begin);
-  const auto group = [&](int64_t begin, auto load_codes) __attribute__((always_inline)) {
+  const auto group = [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
     const int64_t next = begin + kGroup < stop ? begin + kGroup : begin;
     __m512i next_table[R];
     add_group<M, R>(
-        rows, x, length, begin, load_codes,
-        [&](int r, __m512i index) __attribute__((always_inline)) {
+        rows, x, length, begin, count,
+        [&](int r, Codes codes, int part) __attribute__((always_inline)) {
+          __m512i index = _mm512_srli_epi16(codes, unsigned(4 * part));
           if (kBlocks == 2) index = _mm512_ternarylogic_epi64(index, nibble, second, 0xea);  // index & nibble | second
-          return _mm512_permutexvar_epi16(index, table[r]);
+          return (F32)_mm512_permutexvar_epi16(index, table[r]);
         },
-        [&](int q) __attribute__((always_inline)) {
-          if (q < R) next_table[q] = table_of(q, next);
+        [&](int part) __attribute__((always_inline)) {
+          if (part < R) next_table[part] = table_of(part, next);
         },
         total);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) table[r] = next_table[r];
   };
-  for (; begin + kGroup <= stop; begin += kGroup)
-    group(begin, [](const uint8_t* p) __attribute__((always_inline)) { return _mm512_loadu_si512(p); });
-  if (begin < stop)
-    group(begin, [&](const uint8_t* p) __attribute__((always_inline)) {
-      return _mm512_maskz_loadu_epi64((1 << (stop - begin) / 16) - 1, p);
-    });
+  for (; begin + kGroup <= stop; begin += kGroup) group(begin, kGroup);
+  if (begin < stop) group(begin, stop - begin);
   add_totals<M, R>(total, out);
 }
+#endif
 
 // Rows [first, last) of the weight.
-template <int M>
-static void strip_dots(const Weight4bit& w, const bf16* x, int64_t k, int64_t first, int64_t last, int64_t begin,
+template <int M, class E>
+static void strip_dots(const Weight4bit& w, const E* x, int64_t k, int64_t first, int64_t last, int64_t begin,
                        int64_t stop, float* out) {
   const auto each = [&](auto dots, int64_t columns) {
     for (int64_t n = first; n < last; n += columns) dots(w, x, k, n, last, begin, stop, out + n - first);
   };
-  const bool pairs = w.block_shift == 6 && k >= 64;
-  if (w.block_shift == 5)
-    each(few_dots<M, 4>, kFewColumns<M>);
-  else if constexpr (M < kScaledRows)
-    each(pairs ? few_dots<M, 2> : few_dots<M, 1>, kFewColumns<M>);
-  else
-    each(pairs ? few_scaled_dots<M, 2> : few_scaled_dots<M, 1>, kScaledColumns);
-}
+  const int64_t block = int64_t(1) << w.block_shift;
+  const int64_t blocks = block < kGroup && block <= k ? kGroup / block : 1;
+#if QUANTLIB_LEVEL == 3
+  if constexpr (__is_same(E, bf16) && M >= kScaledRows)
+    if (blocks < 4) return each(blocks == 2 ? few_scaled_dots<M, 2> : few_scaled_dots<M, 1>, kScaledColumns);
 #endif
-
-template <int M>
-static void strip_dots(const Weight4bit& w, const float* x, int64_t k, int64_t first, int64_t last, int64_t begin,
-                       int64_t stop, float* out) {
-  for (int64_t n = first; n < last; n += kFewColumns<M>) few_dots<M>(w, x, k, n, last, begin, stop, out + n - first);
+#if QUANTLIB_LEVEL >= 2
+  if (blocks == 4) return each(few_dots<M, 4, E>, kFewColumns<M>);
+#endif
+  each(blocks == 2 ? few_dots<M, 2, E> : few_dots<M, 1, E>, kFewColumns<M>);
 }
 
 // `rows` <= M rows of x, put in order, times rows [first, last) of the weight, kStrip at most: rows m and on of y.

@@ -60,7 +60,7 @@ struct Rows4bit {
 
 #if QUANTLIB_LEVEL > 0
 // Most rows for which dot products beat panels, measured: of bfloat16, with blocks of 32 or larger ones, and of floats.
-constexpr int64_t kFewRowsOf32 = 20, kFewRows = 30, kFewFloatRows = QUANTLIB_LEVEL >= 2 ? 6 : 24;
+constexpr int64_t kFewRowsOf32 = 20, kFewRows = 30, kFewFloatRows = QUANTLIB_LEVEL >= 2 ? 18 : 24;
 
 // Returns false if it did not compute y, or not all of it exactly: see few_rows_4bit.h.
 static bool multiply_few(const Linear4bit& a, const Product& product) {

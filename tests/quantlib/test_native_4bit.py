@@ -206,7 +206,7 @@ def test_linear_any_block_size(isa, k, m, n, block_size, quant_type, double_quan
 
 @every_isa
 @every_dtype
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 7, 8, 13, 32, 70])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 7, 8, 13, 18, 19, 32, 70])
 @pytest.mark.parametrize("block_size", [32, 64, 128, 4096])
 def test_linear_within_error_budget_for_any_number_of_rows(isa, dtype, m, block_size):
     n, k = 2048 // m, 4096
