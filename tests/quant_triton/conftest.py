@@ -43,7 +43,13 @@ class InterpretedFile(pytest.File):
 def _run(path: Path, marks: str) -> subprocess.CompletedProcess:
     command = ["nice", "-n", "19", sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    # One thread: those of processes that share the cores wait for each other, spinning.
+    env = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
     return subprocess.run([*command, "-m", marks, path], cwd=ROOT, env=env, capture_output=True, text=True)
 
 

@@ -1,5 +1,7 @@
 """The C++ kernels of 4-bit weights against the reference, on every instruction set of this CPU."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -204,18 +206,25 @@ def test_linear_any_block_size(isa, k, m, n, block_size, quant_type, double_quan
     assert ((y.double() - exact).abs() <= (2 * torch.finfo(dtype).eps + k * 2.0**-24) * size_of_terms).all()
 
 
+@functools.lru_cache(maxsize=1)  # instruction sets take turns first
+def product_of_rows(dtype, m, block_size):
+    """x, the weight's arguments, n, and the product by plain PyTorch and in float64."""
+    n, k = 2048 // m, 4096
+    weight = weight_4bit(n, k, block_size)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
+    plain, exact = (reference.linear_4bit(t, *weight, n, None) for t in (x, x.double()))
+    return x, weight, n, plain, exact
+
+
 @every_isa
 @every_dtype
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 7, 8, 13, 18, 19, 32, 70])
 @pytest.mark.parametrize("block_size", [32, 64, 128, 4096])
 def test_linear_within_error_budget_for_any_number_of_rows(isa, dtype, m, block_size):
-    n, k = 2048 // m, 4096
-    weight = weight_4bit(n, k, block_size)
-    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
+    x, weight, n, plain, exact = product_of_rows(dtype, m, block_size)
     with use_backend(isa):
         y = ops.linear_4bit(x, *weight, n, None)
-    exact = reference.linear_4bit(x.double(), *weight, n, None)
-    assert_error_within(y, reference.linear_4bit(x, *weight, n, None), exact)
+    assert_error_within(y, plain, exact)
 
 
 @every_isa
