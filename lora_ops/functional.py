@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from quantlib import reference
 from quantlib.backends import fused, kernel
 from quantlib.formats import Quantized4bit, QuantizedInt8
-from quantlib.functional import autocast_dtype, matmul, matmul_dx
+from quantlib.functional import autocast_dtype, matmul, matmul_dx, needs_grad
 
 Base = Tensor | Quantized4bit | QuantizedInt8
 
@@ -78,6 +78,31 @@ def _weight(tensors: tuple[Tensor | None, ...], rest: tuple[Any, ...]) -> tuple[
     return (*tensors, *rest[:2]) if len(tensors) == 5 else tensors[:2]
 
 
+def _forward(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    threshold: float,
+    rest: tuple[Any, ...],
+    tensors: tuple[Tensor | None, ...],
+    differentiable: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """y, and S if the backward pass wants it."""
+    bias = None if bias is None else bias.to(x.dtype)
+    whole = _whole(x, tensors)
+    if whole is None:
+        y = matmul(x, _unflatten(tensors, rest), bias, threshold)
+        return y.addmm_(_dropout(x, seed, dropout_p) @ A.to(x.dtype).t(), B.to(x.dtype).t(), alpha=scaling), None
+    of_base = (bias,) if len(tensors) == 5 else (bias, threshold)
+    keep = differentiable and _whole(x, tensors, "_backward") is not None
+    y, S = whole(x, *_weight(tensors, rest), *of_base, A, B, scaling, seed, dropout_p, keep)
+    return y, S if keep else None
+
+
 class _LoraLinear(torch.autograd.Function):
     """On rows: x [M, in], A [rank, in], B [out, rank], bias [out] -> [M, out]."""
 
@@ -86,17 +111,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, A, B, bias, seed, scaling, dropout_p, threshold, rest, *tensors):
         ctx.constants = (scaling, dropout_p, rest, None if bias is None else bias.dtype)
-        bias = None if bias is None else bias.to(x.dtype)
-        whole = _whole(x, tensors)
-        if whole is None:
-            y, S = matmul(x, _unflatten(tensors, rest), bias, threshold), None
-            y.addmm_(_dropout(x, seed, dropout_p) @ A.to(x.dtype).t(), B.to(x.dtype).t(), alpha=scaling)
-        else:
-            weight = _weight(tensors, rest)
-            of_base = (bias,) if len(tensors) == 5 else (bias, threshold)
-            keep = any(ctx.needs_input_grad) and _whole(x, tensors, "_backward") is not None
-            y, S = whole(x, *weight, *of_base, A, B, scaling, seed, dropout_p, keep)
-            S = S if keep else None
+        y, S = _forward(x, A, B, bias, seed, scaling, dropout_p, threshold, rest, tensors, any(ctx.needs_input_grad))
         ctx.save_for_backward(x, A, B, seed, S, *tensors)
         return y
 
@@ -232,5 +247,9 @@ def lora_linear(
     tensors, rest = _flatten(base)
     with _autocast_off(x.device.type):
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        y = _LoraLinear.apply(rows, A, B, bias, seed, scaling, dropout_p, threshold, rest, *tensors)
+        args = (rows, A, B, bias, seed, scaling, dropout_p, threshold, rest)
+        if needs_grad(x, A, B, bias):
+            y = _LoraLinear.apply(*args, *tensors)
+        else:  # without autograd, which takes longer than a small kernel
+            y, _ = _forward(*args, tensors, differentiable=False)
     return y.view(*x.shape[:-1], y.shape[-1])

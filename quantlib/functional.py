@@ -25,7 +25,7 @@ def _run(op: str, device: torch.device, *args: Any) -> Any:
     return kernel(op, device)(*args)
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
+def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -149,7 +149,7 @@ def linear_4bit(x: Tensor, q: Quantized4bit, bias: Tensor | None = None) -> Tens
     out_features, in_features = _matrix("linear_4bit", q)
     ops._check_last_dim("linear_4bit", "x", x, in_features, "in_features")
     x, bias = _autocast(x, bias)
-    if _needs_grad(x, bias):
+    if needs_grad(x, bias):
         return _Linear4bit.apply(x, bias, *q.op_args(), out_features)
     return _run("linear_4bit", x.device, x, *q.op_args(), out_features, bias)
 
@@ -247,7 +247,7 @@ def linear_int8(x: Tensor, q: QuantizedInt8, bias: Tensor | None = None, thresho
     _rows("linear_int8", q)
     x, bias = _autocast(x, bias)
     args = (q.values, q.absmax, float(threshold))
-    if _needs_grad(x, bias):
+    if needs_grad(x, bias):
         return _LinearInt8.apply(x, bias, *args)
     return _run("linear_int8", x.device, x, q.values, q.absmax, bias, float(threshold))
 

@@ -70,7 +70,25 @@ def test_gradcheck(dropout_p):
     assert torch.autograd.gradcheck(check, (x, A, B, bias))
 
 
-# Under "reference" base and branch are one op, under "auto" they are composed.
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("kind", BASES)
+def test_without_gradients_the_result_is_the_same(kind, dropout_p):
+    x, base, A, B, bias, _ = make_inputs(kind)
+
+    def run(*tensors):
+        torch.manual_seed(5)
+        x, A, B, bias = tensors
+        return lora_linear(x, base, A, B, 1.7, bias, dropout_p)
+
+    y = run(x, A, B, bias)
+    with torch.no_grad():
+        switched_off = run(x, A, B, bias)
+    frozen = run(*(t.detach() for t in (x, A, B, bias)))
+    assert y.requires_grad and not switched_off.requires_grad and not frozen.requires_grad
+    assert torch.equal(switched_off, y) and torch.equal(frozen, y)
+
+
+# Kernels of this CPU, and plain PyTorch.
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("kind", BASES)
