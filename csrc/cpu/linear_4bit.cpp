@@ -72,8 +72,13 @@ static bool multiply_few(const Linear4bit& a, const Product& product) {
   switch (a.dtype) {
     case DType::f32: return few_rows<float, float>(product, a.w);
     case DType::f16: return few_rows<float, f16>(product, a.w);
-    default: return few_rows<float, bf16>(product, a.w);
+    default: break;
   }
+#if QUANTLIB_LEVEL == 1
+  return few_rows<WideBf16, bf16>(product, a.w);
+#else
+  return few_rows<float, bf16>(product, a.w);
+#endif
 }
 #endif
 
