@@ -7,6 +7,8 @@
 #if (defined(__x86_64__) || defined(_M_X64)) && defined(__GNUC__)
 #define QUANTLIB_X86 1
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 #if defined(__GNUC__) && !defined(__clang__)
 // False alarms inside the intrinsics' own header (GCC bug 105593), and a note on 32-byte arguments that no call
