@@ -37,7 +37,8 @@ template <int M>
 constexpr int kFewColumns = M > 2 ? 1 : 2;
 #endif
 
-// The values of a group's codes, a vector of products with E after the other; x is put in the order in which they come.
+// The values of a group's codes, part by part: vectors that are multiplied as E. x is put in the order in which they
+// come.
 template <class E>
 constexpr int kLanes = W * int(kPer<E>);
 template <class E>
@@ -142,11 +143,11 @@ struct Values<WideBf16> {
     bf16 rounded[16];
     store(rounded, load(c.code));
     store(rounded + 8, load(c.code + 8));
-    uint8_t bytes[2][16];
-    for (int i = 0; i < 16; ++i)
-      for (int b = 0; b < 2; ++b) bytes[b][i] = uint8_t(rounded[i].bits >> 8 * b);
-    low = _mm256_broadcastsi128_si256(load_raw<__m128i>(bytes[0]));
-    high = _mm256_broadcastsi128_si256(load_raw<__m128i>(bytes[1]));
+    const __m256i words = load_raw<__m256i>(rounded);
+    const __m256i bytes =
+        _mm256_packus_epi16(_mm256_and_si256(words, _mm256_set1_epi16(255)), _mm256_srli_epi16(words, 8));
+    low = _mm256_permute4x64_epi64(bytes, 0x88);
+    high = _mm256_permute4x64_epi64(bytes, 0xdd);
   }
   SIMD_INLINE_MEMBER F32 operator()(Codes codes, int part) const {
     const __m256i nibbles = _mm256_and_si256(part < 4 ? _mm256_srli_epi16(codes, 4) : codes, _mm256_set1_epi8(15));
