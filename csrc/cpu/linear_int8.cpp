@@ -284,7 +284,7 @@ template <int64_t N>
 struct Columns {
   const LinearInt8& a;
   const Activations& x;
-  Scratch<float> floats;  // the weight's outlier columns and the branch's b, turned: [x.width, N]
+  Scratch<float> floats;  // [x.width, N]: the weight's outlier columns, the branch's b; then what turning b fills
   alignas(64) float absmax[N];
 
   Columns(const LinearInt8& a, const Activations& x)

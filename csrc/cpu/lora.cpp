@@ -177,10 +177,13 @@ void lora_s(DType x_dtype, const void* x, int64_t m, int64_t k, DType a_dtype, c
   QUANTLIB_BY_DTYPE(a_dtype, lora_s_of, x_dtype, x, m, k, a, row, column, rank, s);
 }
 
+// out[at + i * step] = scaling * sums[i]; sums is scaled as well.
 template <class Out>
-static void store_scaled(const float* sums, int64_t count, float scaling, void* target, int64_t at, int64_t column) {
-  Out* out = static_cast<Out*>(target) + at;
-  for (int64_t i = 0; i < count; ++i) narrow(sums[i] * scaling, out + i * column);
+static void store_scaled(float* sums, int64_t count, float scaling, void* target, int64_t at, int64_t step) {
+  Out* const out = static_cast<Out*>(target) + at;
+  for (int64_t i = 0; i < count; ++i) sums[i] *= scaling;
+  if (step == 1) return convert(sums, count, out);
+  for (int64_t i = 0; i < count; ++i) narrow(sums[i], out + i * step);
 }
 
 // The gradient of a factor: out[j * row + i * column] = scaling * sum of s[m, j] x[m, i] over m.
@@ -223,12 +226,6 @@ template <class T>
 static void read_run(const void* in, int64_t at, int64_t count, float* out) {
   convert(static_cast<const T*>(in) + at, count, out);
 }
-// Scales sums as well.
-template <class Out>
-static void write_scaled(float* sums, int64_t count, float scaling, void* out, int64_t at) {
-  for (int64_t i = 0; i < count; ++i) sums[i] *= scaling;
-  convert(sums, count, static_cast<Out*>(out) + at);
-}
 
 // Columns of x or dy at a time, of few rows.
 constexpr int64_t kPart = 64;
@@ -245,7 +242,7 @@ static void few_da(const X* x, int64_t m, int64_t k, const float* ds, const Grad
       __builtin_memset(sums, 0, sizeof(float) * da.rank * width);
       add_product(da.rank, ds, 1, da.rank, rows, m, width, sums, width);
       for (int64_t j = 0; j < da.rank; ++j)
-        QUANTLIB_BY_DTYPE(da.dtype, write_scaled, sums + j * width, count, da.scaling, da.out, j * k + c);
+        QUANTLIB_BY_DTYPE(da.dtype, store_scaled, sums + j * width, count, da.scaling, da.out, j * k + c, 1);
     }
   });
 }
@@ -275,7 +272,7 @@ static void few_dy(const X* dy, int64_t m, int64_t n, DType b_dtype, const void*
         __builtin_memset(block, 0, sizeof(float) * count * width);
         add_product(count, rows, 1, kPart, wide_s, m, width, block, width);
         for (int64_t i = 0; i < count; ++i)
-          QUANTLIB_BY_DTYPE(db.dtype, write_scaled, block + i * width, rank, db.scaling, db.out, (c + i) * rank);
+          QUANTLIB_BY_DTYPE(db.dtype, store_scaled, block + i * width, rank, db.scaling, db.out, (c + i) * rank, 1);
       }
     }
   });
