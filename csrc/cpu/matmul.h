@@ -288,16 +288,17 @@ static void pack_tile(const Tiling& tiling, int64_t tile, int64_t depth, const R
 }
 
 // Rows of m, of `bytes` bytes each, for which the weight is decoded once: as many as leave their stretches in L2 and
-// themselves in a large L3, in passes of the same size.
+// themselves in a large L3, in passes of the same size, an even number.
 static int64_t rows_at_once(int64_t m, int64_t bytes) {
   constexpr int64_t kMost = 1024, kBytes = 16 << 20;
   const int64_t fitting = (kBytes / (bytes * kTileRows + 1) + 1) * kTileRows, most = fitting < kMost ? fitting : kMost;
   const int64_t passes = (m + most - 1) / most;
-  return passes > 1 ? (m + passes - 1) / passes : m;
+  return passes > 1 ? (m + 2 * passes - 1) / (2 * passes) * 2 : m;
 }
 
 // read(row, begin, length, E* out) gives elements of x; panels_of(first, last) makes the Panels of a thread;
-// finish(panels, tiling, sums, first, count) takes the sums of `count` columns from `first` on, kColumns a row.
+// finish(panels, tiling, sums, first, count) takes the sums of `count` columns from `first` on, kColumns a row. All
+// tilings but the last have an even number of rows.
 template <class E, class Read, class MakePanels, class Finish>
 static void multiply_panels(int64_t m, int64_t columns, int64_t depth, const Read& read, const MakePanels& panels_of,
                             const Finish& finish) {

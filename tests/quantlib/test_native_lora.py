@@ -142,10 +142,10 @@ def test_gradients_within_error_budget(isa, dtype, kind, m, n, k, rank, p, seed)
 
 
 @every_isa
-@pytest.mark.parametrize("m, n", [(3, 90), (20, 4200), (100, 90), (700, 4200)])
-def test_gradients_of_float32_factors_are_not_rounded_to_16_bits(isa, m, n):
-    """Of few rows, of many, and of more than are read at once."""
-    k, rank, scaling = 130, 5, 0.5
+@pytest.mark.parametrize("m, n, rank", [(3, 90, 5), (20, 4200, 5), (100, 90, 5), (700, 4200, 5), (100, 90, 513)])
+def test_gradients_of_float32_factors_are_not_rounded_to_16_bits(isa, m, n, rank):
+    """Of few rows, of many, of more than are read at once, and of more ranks than one pass has."""
+    k, scaling = 130, 0.5
     x, dy, s = (torch.randn(m, size).bfloat16() for size in (k, n, rank))
     a, b, _ = branch(x, n, rank, torch.float32)
     with use_backend(isa):
