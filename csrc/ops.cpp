@@ -45,12 +45,14 @@ struct alignas(64) Share {
 
 }  // namespace
 
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
 void parallel(int64_t n, int64_t grain, void (*f)(const void* context, int64_t begin, int64_t end),
               const void* context) {
   constexpr int64_t kPieces = 8;
   if (n <= 0) return;
   grain = std::max<int64_t>(grain, 1);
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (n + grain - 1) / grain);
+  const int64_t threads = std::min(thread_count(), (n + grain - 1) / grain);
   if (threads <= 1) return f(context, 0, n);
   const std::unique_ptr<Share[]> shares(new Share[threads]);
   const auto take_from = [&](int64_t owner) {

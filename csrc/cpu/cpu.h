@@ -31,6 +31,8 @@ void set_isa(Isa isa);
 // that woke late or runs on a busy core. Defined in ops.cpp.
 void parallel(int64_t n, int64_t grain, void (*f)(const void* context, int64_t begin, int64_t end),
               const void* context);
+// How many threads it has.
+int64_t thread_count();
 
 template <class F>
 void parallel_for(int64_t n, int64_t grain, const F& f) {

@@ -325,11 +325,13 @@ constexpr int64_t kFewRows = QUANTLIB_LEVEL >= 2 ? 64 : 24;
 template <class T>
 static void few_rows(const LinearInt8& a, const Activations& x) {
   constexpr int64_t kStrip = 8 * kTileN;  // columns finished at a time: whole vectors
-  parallel_for((a.n + kStrip - 1) / kStrip, 1, [&](int64_t begin, int64_t end) {
+  constexpr int64_t kLeast = 4;           // tiles of a thread: half a strip, so that many threads have enough of them
+  parallel_for((a.n + kTileN - 1) / kTileN, kLeast, [&](int64_t begin, int64_t end) {
     Columns<kStrip> columns(a, x);
     alignas(64) int32_t sums[kFewRows][kStrip] = {};
-    for (int64_t n = begin * kStrip; n < end * kStrip && n < a.n; n += kStrip) {
-      const int64_t count = a.n - n < kStrip ? a.n - n : kStrip;
+    const int64_t last = end * kTileN < a.n ? end * kTileN : a.n;
+    for (int64_t n = begin * kTileN; n < last; n += kStrip) {
+      const int64_t count = last - n < kStrip ? last - n : kStrip;
       for (int64_t c = 0; c < count; c += kTileN) {
         const int64_t width = count - c < kTileN ? count - c : kTileN;
         const int8_t* w = a.w + (n + c) * a.k;
@@ -432,15 +434,15 @@ static void linear(const LinearInt8& a) {
       quantize_rows<T>(a.x, a.m, a.k, a.threshold, q, absmaxes, split ? (uint8_t*)mask : nullptr, columns);
   const int64_t rank = a.branch.rank, width = count + rank;
   const Scratch<float> floats(7, a.m * width);
-  for (int64_t m = 0; m < a.m; ++m) {
-    for (int64_t c = 0; c < count; ++c) floats[m * width + c] = widen(static_cast<const T*>(a.x)[m * a.k + columns[c]]);
-    if (rank) __builtin_memcpy(floats + m * width + count, a.branch.s + m * rank, sizeof(float) * rank);
-  }
   const bool onednn = by_onednn(a.m, a.n, a.k);
   const Scratch<uint32_t> offsets(9, a.m);
   parallel_for(a.m, (1 << 14) / (a.k + 1) + 1, [&](int64_t first, int64_t last) {
-    for (int64_t m = first; m < last; ++m)
+    for (int64_t m = first; m < last; ++m) {
+      const T* const row = static_cast<const T*>(a.x) + m * a.k;
+      for (int64_t c = 0; c < count; ++c) floats[m * width + c] = widen(row[columns[c]]);
+      if (rank) __builtin_memcpy(floats + m * width + count, a.branch.s + m * rank, sizeof(float) * rank);
       offsets[m] = onednn ? 0 : uint32_t(kInt8Offset) * uint32_t(row_sum(q + m * a.k, a.k));
+    }
   });
   const Activations x{q, offsets, absmaxes, columns, count, width, floats};
   (onednn ? onednn_rows<T> : a.m <= kFewRows ? few_rows<T> : many_rows<T>)(a, x);

@@ -253,37 +253,51 @@ struct ColumnPanels : AnyPanels {
   }
 };
 
-// Rows [first, first + rows) of x in `tiles` tiles, all but the last of the same height.
+// Rows [first, first + rows) of x in `tiles` tiles, all but the last of the same height. They are packed together with
+// others, `packed_rows` in all, of which `skipped` come before them.
 struct Tiling {
-  int64_t first, rows, tiles, height;
+  int64_t first, rows, tiles, height, packed_rows, skipped = 0;
 
   Tiling(int64_t first, int64_t rows)
-      : first(first), rows(rows), tiles((rows + kTileRows - 1) / kTileRows), height((rows + tiles - 1) / tiles) {
+      : first(first),
+        rows(rows),
+        tiles((rows + kTileRows - 1) / kTileRows),
+        height((rows + tiles - 1) / tiles),
+        packed_rows(rows) {
     tiles = (rows + height - 1) / height;
   }
   int64_t rows_of(int64_t tile) const { return rows - tile * height < height ? rows - tile * height : height; }
   // Where the tile's part of a stretch is packed: stretch after stretch, each of them tile after tile.
   template <class E>
   int64_t offset(int64_t tile, int64_t begin, int64_t steps) const {
-    return begin * rows + tile * height * steps * kPer<E>;
+    return begin * packed_rows + (skipped + tile * height) * steps * kPer<E>;
+  }
+  // One of several parts: whole pairs of tiles, so that all but the last have an even number of rows.
+  int64_t pairs() const { return (tiles + 1) / 2; }
+  Tiling part(int64_t index, int64_t parts) const {
+    const int64_t from = pairs() * index / parts * 2, next = pairs() * (index + 1) / parts * 2;
+    Tiling some = *this;
+    some.skipped = from * height;
+    some.first = first + some.skipped;
+    some.tiles = (next < tiles ? next : tiles) - from;
+    some.rows = (next < tiles ? next * height : rows) - some.skipped;
+    return some;
   }
 };
 
-// Packs a tile, with zeros to fill a lane. read(row, begin, length, E* out) gives elements of x.
+// Packs a stretch of a tile, with zeros to fill a lane. read(row, begin, length, E* out) gives elements of x.
 template <class Panels, class E, class Read>
-static void pack_tile(const Tiling& tiling, int64_t tile, int64_t depth, const Read& read, E* packed) {
+static void pack(const Tiling& tiling, int64_t tile, int64_t begin, int64_t depth, const Read& read, E* packed) {
   alignas(64) E buffer[kStretch];
   const int64_t rows = tiling.rows_of(tile), first = tiling.first + tile * tiling.height;
-  for (int64_t begin = 0; begin < depth; begin += kStretch) {
-    const int64_t length = depth - begin < kStretch ? depth - begin : kStretch;
-    const int64_t steps = (length + kPer<E> - 1) / kPer<E>;
-    uint32_t* const lanes = reinterpret_cast<uint32_t*>(packed + tiling.offset<E>(tile, begin, steps));
-    for (int64_t r = 0; r < rows; ++r) {
-      read(first + r, begin, length, buffer);
-      Panels::put_in_order(length, buffer);
-      __builtin_memset(buffer + length, 0, sizeof(E) * (steps * kPer<E> - length));
-      for (int64_t s = 0; s < steps; ++s) lanes[s * rows + r] = load_raw<uint32_t>(buffer + s * kPer<E>);
-    }
+  const int64_t length = depth - begin < kStretch ? depth - begin : kStretch;
+  const int64_t steps = (length + kPer<E> - 1) / kPer<E>;
+  uint32_t* const lanes = reinterpret_cast<uint32_t*>(packed + tiling.offset<E>(tile, begin, steps));
+  for (int64_t r = 0; r < rows; ++r) {
+    read(first + r, begin, length, buffer);
+    Panels::put_in_order(length, buffer);
+    __builtin_memset(buffer + length, 0, sizeof(E) * (steps * kPer<E> - length));
+    for (int64_t s = 0; s < steps; ++s) lanes[s * rows + r] = load_raw<uint32_t>(buffer + s * kPer<E>);
   }
 }
 
@@ -296,6 +310,65 @@ static int64_t rows_at_once(int64_t m, int64_t bytes) {
   return passes > 1 ? (m + 2 * passes - 1) / (2 * passes) * 2 : m;
 }
 
+// Parts into which rows are cut for more threads than there are panels, or for panels that do not divide among them:
+// as many as make the longest work of a thread shortest. Every part decodes the weight for itself, which is taken for
+// as long as a pair of tiles.
+static int64_t parts_of_rows(int64_t panels, int64_t pairs) {
+  const int64_t threads = thread_count();
+  int64_t best = 1, shortest = INT64_MAX;
+  for (int64_t parts = 1; parts <= pairs && parts <= threads; ++parts) {
+    const int64_t longest = (panels * parts + threads - 1) / threads * ((pairs + parts - 1) / parts + 1);
+    if (longest < shortest) best = parts, shortest = longest;
+  }
+  return best;
+}
+
+// Packed rows of x times columns [first, last), `abreast` panels at a time.
+template <class E, class Panels, class Finish>
+static void multiply_part(const Tiling& tiling, const E* packed, int64_t depth, int64_t first, int64_t last,
+                          int64_t abreast, Panels panels, const Finish& finish) {
+  typedef typename SumsOf<E>::Sum Sum;
+  const int64_t chain = chain_length<E>((depth + kPer<E> - 1) / kPer<E>);
+  const int64_t fetches = tiling.tiles < kFetchTiles ? tiling.tiles : kFetchTiles;
+  const int64_t sums_size = tiling.rows * kColumns;
+  const Scratch<E> panel_buffer(0, kStretch * kColumns);
+  const Scratch<Sum> sums(2, abreast * sums_size);
+  E* const panel = panel_buffer;
+  const auto each = [&](int64_t from, int64_t end, auto visit) {
+    Sum* to = sums;
+    for (int64_t c = from; c < end; c += kColumns, to += sums_size)
+      visit(c, end - c < kColumns ? end - c : kColumns, to);
+  };
+  for (int64_t c0 = first; c0 < last; c0 += abreast * kColumns) {
+    const int64_t limit = c0 + abreast * kColumns, end = limit < last ? limit : last;
+    panels.start(c0, end - c0);
+    each(c0, end, [&](int64_t, int64_t, Sum* to) { __builtin_memset(to, 0, sizeof(Sum) * sums_size); });
+    for (int64_t begin = 0; begin < depth; begin += kStretch) {
+      const int64_t length = depth - begin < kStretch ? depth - begin : kStretch;
+      const int64_t steps = (length + kPer<E> - 1) / kPer<E>;
+      each(c0, end, [&](int64_t c, int64_t count, Sum* to) {
+        const bool turn = c + kColumns < end, further = begin + kStretch < depth;
+        const int64_t next = turn ? c + kColumns : further ? c0 : end;
+        const int64_t next_begin = turn ? begin : further ? begin + kStretch : 0;
+        const auto steps_of_first = panels.build(c, count, begin, length, panel);
+        for (int64_t t = 0; t < tiling.tiles; ++t) {
+          const int64_t i = t - (tiling.tiles - fetches);
+          if (i >= 0) panels.fetch(next, next_begin, kColumns * i / fetches, kColumns * (i + 1) / fetches);
+          const auto multiply = [&](const auto& panel_steps) {
+            tile_times_panel<kTileRows>(tiling.rows_of(t), packed + tiling.offset<E>(t, begin, steps), panel_steps,
+                                        steps, chain, to + t * tiling.height * kColumns);
+          };
+          if (t == 0)
+            multiply(steps_of_first);
+          else
+            multiply(Stored<E>{panel});
+        }
+      });
+    }
+    each(c0, end, [&](int64_t c, int64_t count, Sum* from) { finish(panels, tiling, from, c, count); });
+  }
+}
+
 // read(row, begin, length, E* out) gives elements of x; panels_of(first, last) makes the Panels of a thread;
 // finish(panels, tiling, sums, first, count) takes the sums of `count` columns from `first` on, kColumns a row. All
 // tilings but the last have an even number of rows.
@@ -303,58 +376,27 @@ template <class E, class Read, class MakePanels, class Finish>
 static void multiply_panels(int64_t m, int64_t columns, int64_t depth, const Read& read, const MakePanels& panels_of,
                             const Finish& finish) {
   typedef decltype(panels_of(0, 0)) Panels;
-  typedef typename SumsOf<E>::Sum Sum;
-  const int64_t steps = (depth + kPer<E> - 1) / kPer<E>, chain = chain_length<E>(steps);
-  const int64_t width = steps * kPer<E>;
+  const int64_t width = (depth + kPer<E> - 1) / kPer<E> * kPer<E>;
+  const int64_t stretches = (depth + kStretch - 1) / kStretch, panels = (columns + kColumns - 1) / kColumns;
   const int64_t most = rows_at_once(m, width * int64_t(sizeof(E)));
   const bool often_read = most * width * int64_t(sizeof(E)) <= kOftenReadBytes;
   const int64_t abreast = Panels::kShared || !often_read ? kAbreast : 1;
   const Scratch<E> packed(1, most * width);
   for (int64_t m0 = 0; m0 < m; m0 += most) {
     const Tiling tiling(m0, m - m0 < most ? m - m0 : most);
-    const int64_t fetches = tiling.tiles < kFetchTiles ? tiling.tiles : kFetchTiles;
-    parallel_for(tiling.tiles, (1 << 14) / (tiling.height * width + 1) + 1, [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t) pack_tile<Panels>(tiling, t, depth, read, static_cast<E*>(packed));
+    const int64_t grain = (1 << 14) / (tiling.height * kStretch) + 1;
+    parallel_for(tiling.tiles * stretches, grain, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i)
+        pack<Panels, E>(tiling, i / stretches, i % stretches * kStretch, depth, read, packed);
     });
-    parallel_for((columns + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
-      const Scratch<E> panel_buffer(0, kStretch * kColumns);
-      const int64_t sums_size = tiling.rows * kColumns;
-      const Scratch<Sum> sums(2, abreast * sums_size);
-      E* const panel = panel_buffer;
-      const int64_t last_column = last * kColumns < columns ? last * kColumns : columns;
-      Panels panels = panels_of(first * kColumns, last_column);
-      const auto each = [&](int64_t from, int64_t end, auto visit) {
-        Sum* to = sums;
-        for (int64_t c = from; c < end; c += kColumns, to += sums_size)
-          visit(c, end - c < kColumns ? end - c : kColumns, to);
-      };
-      for (int64_t c0 = first * kColumns; c0 < last_column; c0 += abreast * kColumns) {
-        const int64_t limit = c0 + abreast * kColumns, end = limit < last_column ? limit : last_column;
-        panels.start(c0, end - c0);
-        each(c0, end, [&](int64_t, int64_t, Sum* to) { __builtin_memset(to, 0, sizeof(Sum) * sums_size); });
-        for (int64_t begin = 0; begin < depth; begin += kStretch) {
-          const int64_t length = depth - begin < kStretch ? depth - begin : kStretch;
-          const int64_t part = (length + kPer<E> - 1) / kPer<E>;
-          each(c0, end, [&](int64_t c, int64_t count, Sum* to) {
-            const bool turn = c + kColumns < end, further = begin + kStretch < depth;
-            const int64_t next = turn ? c + kColumns : further ? c0 : end;
-            const int64_t next_begin = turn ? begin : further ? begin + kStretch : 0;
-            const auto steps_of_first = panels.build(c, count, begin, length, panel);
-            for (int64_t t = 0; t < tiling.tiles; ++t) {
-              const int64_t i = t - (tiling.tiles - fetches);
-              if (i >= 0) panels.fetch(next, next_begin, kColumns * i / fetches, kColumns * (i + 1) / fetches);
-              const auto multiply = [&](const auto& steps) {
-                tile_times_panel<kTileRows>(tiling.rows_of(t), packed + tiling.offset<E>(t, begin, part), steps, part,
-                                            chain, to + t * tiling.height * kColumns);
-              };
-              if (t == 0)
-                multiply(steps_of_first);
-              else
-                multiply(Stored<E>{panel});
-            }
-          });
-        }
-        each(c0, end, [&](int64_t c, int64_t count, Sum* from) { finish(panels, tiling, from, c, count); });
+    const int64_t parts = parts_of_rows(panels, tiling.pairs());
+    parallel_for(parts * panels, 1, [&](int64_t first, int64_t last) {
+      for (int64_t next; first < last; first = next) {
+        const int64_t part = first / panels, end = (part + 1) * panels;
+        next = end < last ? end : last;
+        const int64_t from = first % panels * kColumns, to = from + (next - first) * kColumns;
+        const int64_t stop = to < columns ? to : columns;
+        multiply_part<E>(tiling.part(part, parts), packed, depth, from, stop, abreast, panels_of(from, stop), finish);
       }
     });
   }

@@ -150,15 +150,18 @@ def test_extreme_products_do_not_saturate(isa, m, k, x_sign, w_sign):
 
 
 @every_isa
-def test_linear_is_reproducible_for_any_number_of_threads(isa):
+@pytest.mark.parametrize("m", [1, 30, 130])
+def test_linear_is_reproducible_for_any_number_of_threads(isa, m):
+    """Of 40 some take other rows of the same columns."""
     values, absmax = int8_weight(200, 512)
-    x = torch.randn(30, 512) * 3
+    x, dy = torch.randn(m, 512) * 3, torch.randn(m, 200)
     results = []
-    for count in (1, 2, 7):
+    for count in (1, 2, 7, 40):
         with threads(count), use_backend(isa):
-            results.append(ops.linear_int8(x, values, absmax, None, 6.0))
-    assert_same(results[1], results[0])
-    assert_same(results[2], results[0])
+            results.append((ops.linear_int8(x, values, absmax, None, 6.0), ops.linear_int8_dx(dy, values, absmax)))
+    for y, dx in results[1:]:
+        assert_same(y, results[0][0])
+        assert_same(dx, results[0][1])
 
 
 def test_ops_refuse_what_would_read_beyond_a_tensor():
