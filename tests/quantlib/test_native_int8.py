@@ -85,6 +85,17 @@ def test_linear_with_rows_that_panels_take_turns_at(isa, k):
 
 
 @every_isa
+@pytest.mark.parametrize("m", [8, 130])
+def test_thousands_of_outlier_columns_within_error_budget(isa, m):
+    values, absmax = int8_weight(48, 9000)
+    x, threshold = torch.randn(m, 9000), 0.01
+    with use_backend(isa):
+        y = ops.linear_int8(x, values, absmax, None, threshold)
+    plain, exact = (reference.linear_int8(t, values, absmax, None, threshold) for t in (x, x.double()))
+    assert_error_within(y, plain, exact)
+
+
+@every_isa
 @every_dtype
 @pytest.mark.parametrize("m, n, k", [(1, 64, 2048), (7, 129, 320), (7, 129, 333), (130, 64, 300)])
 def test_gradient_within_error_budget(isa, dtype, m, n, k):
