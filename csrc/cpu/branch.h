@@ -39,14 +39,21 @@ SIMD_INLINE void turn_branch(const Branch& branch, int64_t first, int64_t count,
 template <int R>
 SIMD_INLINE void add_rows(const float* a, int64_t row, int64_t column, const float* b, int64_t depth, int64_t width,
                           float* sums, int64_t stride) {
+  constexpr int64_t kChain = 32;  // with one chain, from the sums on, a rank of 256 had 2.6 times PyTorch's error
   for (int64_t c = 0; c < width; c += W) {
     F32 sum[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) sum[r] = load(sums + r * stride + c);
-    for (int64_t j = 0; j < depth; ++j) {
-      const F32 v = load(b + j * width + c);
+    for (int64_t j = 0; j < depth;) {
+      const int64_t end = j + kChain < depth ? j + kChain : depth;
+      F32 part[R] = {};
+      for (; j < end; ++j) {
+        const F32 v = load(b + j * width + c);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sum[r] = fma(set1(a[r * row + j * column]), v, sum[r]);
+        for (int r = 0; r < R; ++r) part[r] = fma(set1(a[r * row + j * column]), v, part[r]);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sum[r] += part[r];
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) store(sums + r * stride + c, sum[r]);

@@ -39,7 +39,10 @@ def weight_int8(n, k):
 @every_isa
 @every_dtype
 @pytest.mark.parametrize("p, seed", [(0.0, None), (0.25, 7)])
-@pytest.mark.parametrize("m, n, k, rank", [(1, 256, 512, 16), (5, 129, 333, 3), (40, 70, 704, 8), (130, 100, 256, 33)])
+@pytest.mark.parametrize(
+    "m, n, k, rank",
+    [(1, 256, 512, 16), (5, 129, 333, 3), (40, 70, 704, 8), (8, 64, 256, 256), (130, 100, 256, 33)],
+)
 def test_within_error_budget(isa, dtype, m, n, k, rank, p, seed):
     """Of plain PyTorch, which rounds the base and the branch, where the kernel rounds their sum."""
     x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
@@ -120,7 +123,15 @@ def test_dropout_is_that_of_the_op(isa):
 @pytest.mark.parametrize("p, seed", [(0.0, None), (0.25, 7)])
 @pytest.mark.parametrize(
     "m, n, k, rank",
-    [(1, 256, 512, 16), (5, 129, 333, 3), (32, 70, 80, 19), (40, 70, 704, 8), (64, 64, 60, 16), (130, 100, 256, 33)],
+    [
+        (1, 256, 512, 16),
+        (5, 129, 333, 3),
+        (8, 64, 256, 256),
+        (32, 70, 80, 19),
+        (40, 70, 704, 8),
+        (64, 64, 60, 16),
+        (130, 100, 256, 33),
+    ],
 )
 def test_gradients_within_error_budget(isa, dtype, kind, m, n, k, rank, p, seed):
     """Of plain PyTorch, which rounds what it multiplies by the branch's factors."""
