@@ -86,37 +86,99 @@ SIMD_INLINE void pack(const uint8_t* ranks, int64_t n, const Codebook& codebook,
   for (; i < n; i += 2) packed[i / 2] = uint8_t(codebook.order[ranks[i]] << 4 | codebook.order[ranks[i + 1]]);
 }
 
-// Full blocks multiply by the reciprocal, the trailing partial block divides: bitsandbytes' arithmetic.
-// Scaled values beyond [-1, 1] need no clamping, the outermost thresholds lie within.
+#if QUANTLIB_LEVEL >= 2
+// A full block of bfloat16, none of which is scaled: thresholds of scaled values are made into thresholds of bfloat16,
+// the largest that are not above them when scaled. Each is the nearest to threshold * absmax or the one below, since
+// scaling is exact to 2^-22 and neighbours are 2^-9 apart; as long as no threshold becomes subnormal, and no bfloat16
+// zero when scaled.
+constexpr float kLeastUsual = 0x1p-100f, kMostUsual = 0x1p14f;
+static void quantize_block(const bf16* x, int64_t count, float absmax, const Codebook& codebook, uint8_t* packed) {
+  // Negative ones with all other bits turned: integers in the order of the numbers.
+  const auto in_order = [](__m512i bits) __attribute__((always_inline)) {
+    return _mm512_xor_si512(bits, _mm512_srli_epi16(_mm512_srai_epi16(bits, 15), 1));
+  };
+  const __m512 thresholds = _mm512_maskz_loadu_ps(0x7fff, codebook.thresholds);
+  const __m512i product = (__m512i)_mm512_mul_ps(thresholds, _mm512_set1_ps(absmax));
+  const __m512i nearest =
+      _mm512_and_si512(_mm512_add_epi32(product, _mm512_set1_epi32(0x8000)), _mm512_set1_epi32(int(0xffff0000)));
+  const __m512 scaled = _mm512_mul_ps((__m512)nearest, _mm512_set1_ps(1.0f / absmax));
+  const __mmask16 above = _mm512_cmp_ps_mask(scaled, thresholds, _CMP_NLE_UQ);
+  const __m512i words = in_order(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_srli_epi32(nearest, 16))));
+  const __m512i by1 = _mm512_mask_sub_epi16(words, above, words, _mm512_set1_epi16(1));
+  const __m512i lanes = _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,  //
+                                                              0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0));
+  const auto from = [&](int first) __attribute__((always_inline)) {
+    return _mm512_permutexvar_epi16(_mm512_add_epi16(lanes, _mm512_set1_epi16(int16_t(first))), by1);
+  };
+  const __m512i middle = _mm512_permutexvar_epi16(_mm512_set1_epi16(7), by1), by4 = from(3), by2 = from(1);
+  const __m512i order = _mm512_cvtepu8_epi16(_mm256_castsi128_si256(load_raw<__m128i>(codebook.order)));
+  for (int64_t i = 0; i < count; i += 32) {
+    const __m512i v = in_order(_mm512_loadu_si512(x + i));
+    __m512i rank = _mm512_maskz_set1_epi16(_mm512_cmpgt_epi16_mask(v, middle), 8);
+    const auto step = [&](__m512i by, int16_t width) __attribute__((always_inline)) {
+      const __mmask32 above = _mm512_cmpgt_epi16_mask(v, _mm512_permutexvar_epi16(rank, by));
+      rank = _mm512_mask_add_epi16(rank, above, rank, _mm512_set1_epi16(width));
+    };
+    step(by4, 4);
+    step(by2, 2);
+    step(by1, 1);
+    const __m512i codes = _mm512_permutexvar_epi16(rank, order);
+    const __m512i pairs = _mm512_or_si512(_mm512_slli_epi32(codes, 4), _mm512_srli_epi32(codes, 16));
+    store_raw(packed + i / 2, _mm512_cvtepi32_epi8(pairs));
+  }
+}
+#endif
+
+// A block by its absmax. Full ones multiply by the reciprocal, the trailing partial one divides: bitsandbytes'
+// arithmetic. Scaled values beyond [-1, 1] need no clamping, the outermost thresholds lie within.
+template <class T>
+static void quantize_block(const T* x, int64_t count, bool full, float absmax, const Codebook& codebook,
+                           uint8_t* packed) {
+  const Ranker rank(codebook);
+  const float m = absmax < kMinAbsmax ? kMinAbsmax : absmax;
+  uint8_t ranks[kMaxBlock];
+  if (full) {
+    const F32 factor = set1(1.0f / m);
+    for (int64_t i = 0; i < count; i += W) store_u8(ranks + i, rank(load(x + i) * factor));
+  } else {
+    for (int64_t i = 0; i < count; i += W) {
+      const F32 v = i + W <= count ? load(x + i) : load_part(x + i, count - i);
+      store_u8(ranks + i, rank(v / set1(m)));
+    }
+    // An odd count is padded with the code of zero, which load_part's zeros give unless the vector was full
+    // or the division made them NaN.
+    if (count % 2) store_u8(ranks + count, rank(F32{})), ++count;
+  }
+  pack(ranks, count, codebook, packed);
+}
+
 template <class T>
 static void quantize_blocks(const void* source, int64_t n, int block_shift, const Codebook& codebook, uint8_t* packed,
                             float* absmaxes, int64_t first, int64_t last) {
-  const int64_t block_size = int64_t(1) << block_shift;
-  const Ranker rank(codebook);
-  for (int64_t block = first; block < last; ++block) {
-    const int64_t begin = block << block_shift;
-    const T* x = static_cast<const T*>(source) + begin;
-    uint8_t ranks[kMaxBlock];
-    int64_t count = block_size;
-    if (n - begin >= block_size) {
-      const float m = absmax(x, block_size);
-      absmaxes[block] = m;
-      const F32 factor = set1(1.0f / (m < kMinAbsmax ? kMinAbsmax : m));
-      for (int64_t i = 0; i < block_size; i += W) store_u8(ranks + i, rank(load(x + i) * factor));
-    } else {
-      count = n - begin;
-      float m = absmax(x, count);
-      m = m < kMinAbsmax ? kMinAbsmax : m;
-      absmaxes[block] = m;
-      for (int64_t i = 0; i < count; i += W) {
-        const F32 v = i + W <= count ? load(x + i) : load_part(x + i, count - i);
-        store_u8(ranks + i, rank(v / set1(m)));
+  // Several maxima first: block by block, each would wait for its own (1.1 times as long).
+  constexpr int64_t kAtOnce = 512;
+  const T* const x = static_cast<const T*>(source);
+  const int64_t block_size = int64_t(1) << block_shift, blocks = (kAtOnce + block_size - 1) / block_size;
+  for (; first < last; first += blocks) {
+    const int64_t end = first + blocks < last ? first + blocks : last;
+    const auto each = [&](auto visit) {
+      for (int64_t block = first; block < end; ++block) {
+        const int64_t begin = block << block_shift, left = n - begin;
+        visit(x + begin, left < block_size ? left : block_size, absmaxes[block], packed + begin / 2);
       }
-      // An odd count is padded with the code of zero, which load_part's zeros give unless the vector was full
-      // or the division made them NaN.
-      if (count % 2) store_u8(ranks + count, rank(F32{})), ++count;
-    }
-    pack(ranks, count, codebook, packed + begin / 2);
+    };
+    each([&](const T* x, int64_t count, float& m, uint8_t*) {
+      m = absmax(x, count);
+      if (count < block_size && m < kMinAbsmax) m = kMinAbsmax;
+    });
+    each([&](const T* x, int64_t count, float m, uint8_t* packed) {
+      const bool full = count == block_size;
+#if QUANTLIB_LEVEL >= 2
+      if constexpr (__is_same(T, bf16))
+        if (full && m >= kLeastUsual && m <= kMostUsual) return quantize_block(x, count, m, codebook, packed);
+#endif
+      quantize_block(x, count, full, m, codebook, packed);
+    });
   }
 }
 

@@ -206,6 +206,17 @@ static float absmax(const T* x, int64_t n) {
   if (i < n) m = max(m, magnitude(load_part(x + i, n - i)));
   return as_float(max(m));
 }
+#if QUANTLIB_LEVEL >= 2
+template <>
+float absmax(const bf16* x, int64_t n) {
+  __m512i m = _mm512_setzero_si512();
+  for (int64_t i = 0; i < n; i += 32) {
+    const __mmask32 some = n - i < 32 ? (1u << (n - i)) - 1 : ~0u;
+    m = _mm512_max_epu16(m, _mm512_and_si512(_mm512_maskz_loadu_epi16(some, x + i), _mm512_set1_epi16(0x7fff)));
+  }
+  return as_float(max(max((I32)_mm512_slli_epi32(m, 16), (I32)m & int32_t(0xffff0000))));
+}
+#endif
 
 // Rounds in[i], times scale[i] if there are scales.
 template <class A, class B>

@@ -50,6 +50,31 @@ def test_quantize_at_thresholds(isa, dtype):
         assert_same(packed, reference.quantize_4bit(x, quant_type, 32)[0])
 
 
+@functools.cache
+def every_bfloat16_at(quant_type, exponent):
+    """Blocks of 32 with every bfloat16 up to absmax, for every absmax of an exponent; and their codes."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    bits = torch.arange(128) + max(exponent + 127, 0) * 128
+    blocks = []
+    for absmax in bits.to(torch.int16).view(torch.bfloat16):
+        x = numbers[numbers.abs() <= absmax]
+        x = torch.nn.functional.pad(x, (0, -x.numel() % 31)).view(-1, 31)
+        blocks.append(torch.cat((absmax.expand(x.shape[0], 1), x), 1))
+    x = torch.cat(blocks)
+    return x, reference.quantize_4bit(x, quant_type, 32)
+
+
+@every_isa
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("exponent", [-127, -101, -100, 0, 13, 14, 100])
+def test_quantize_every_bfloat16(isa, quant_type, exponent):
+    x, expected = every_bfloat16_at(quant_type, exponent)
+    with use_backend(isa):
+        actual = ops.quantize_4bit(x, quant_type, 32)
+    for a, e in zip(actual, expected, strict=True):
+        assert_same(a, e)
+
+
 @every_isa
 @forall(x=tensors(), quant_type=quant_types, block_size=block_sizes, dtype=dtypes, double_quant=st.booleans())
 def test_dequantize_is_bit_exact(isa, x, quant_type, block_size, dtype, double_quant):
