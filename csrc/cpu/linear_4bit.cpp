@@ -34,6 +34,8 @@ namespace quantlib::QUANTLIB_ISA {
 #include "decode_4bit.h"
 #include "transpose.h"
 #include "branch.h"
+#include "tile.h"
+#include "panels.h"
 #include "matmul.h"
 #if QUANTLIB_LEVEL > 0
 #include "few_rows_4bit.h"

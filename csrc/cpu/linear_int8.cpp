@@ -41,6 +41,8 @@ namespace quantlib::QUANTLIB_ISA {
 #include "transpose.h"
 #include "dot_tile_int8.h"
 #include "branch.h"
+#include "tile.h"
+#include "panels.h"
 #include "matmul.h"
 
 constexpr float kStep = 1.0f / 127.0f;

@@ -33,6 +33,8 @@ namespace quantlib::QUANTLIB_ISA {
 #include "simd.h"
 #include "transpose.h"
 #include "branch.h"
+#include "tile.h"
+#include "panels.h"
 #include "matmul.h"
 
 constexpr int kTile = QUANTLIB_LEVEL >= 2 ? 4 : 2;

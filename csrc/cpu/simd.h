@@ -208,7 +208,7 @@ static float absmax(const T* x, int64_t n) {
 }
 #if QUANTLIB_LEVEL >= 2
 template <>
-float absmax(const bf16* x, int64_t n) {
+inline float absmax(const bf16* x, int64_t n) {
   __m512i m = _mm512_setzero_si512();
   for (int64_t i = 0; i < n; i += 32) {
     const __mmask32 some = n - i < 32 ? (1u << (n - i)) - 1 : ~0u;
