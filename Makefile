@@ -19,7 +19,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 
-bench: .venv/built  ## ops, a whole model and the formats' errors on this CPU, about 13 minutes; tables, plots
+bench: .venv/built  ## ops, a whole model and the formats' errors on this CPU, about 15 minutes; tables, plots
 	$(BIN)/python -m bench run --device cpu
 	$(BIN)/python -m bench model --device cpu
 	$(BIN)/python -m bench quality
